@@ -1,0 +1,29 @@
+# Two commands: `make bench` and `make test`, from a fresh clone, with or without a GPU.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+export PYTHONDONTWRITEBYTECODE = 1
+
+.PHONY: bench test check lint setup clean
+
+bench: setup  ## Measure attention on the shapes of real models, beside PyTorch, on this machine.
+	$(BIN)/headfold bench $(ARGS)
+
+test: setup lint  ## Run every test that this machine can run.
+	$(BIN)/pytest -n $(WORKERS) tests --ignore tests/aot
+	$(BIN)/pytest -n $(WORKERS) tests/aot
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt scripts/setup.sh
+	PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/setup.sh
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

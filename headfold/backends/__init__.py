@@ -1,0 +1,55 @@
+"""The backends run a Plan. Nothing here decides anything.
+
+`force` makes CPU tensors run on another backend or device's plan: it is how the tests drive the very kernels of
+the GPU through Triton's interpreter, and a plan made for another device through the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from headfold.planner import Device, Plan, make_plan, running_device
+from headfold.problem import Inputs, Problem, problem_of
+
+_forced: Device | None = None
+
+
+@contextmanager
+def force(device: Device) -> Iterator[None]:
+    """Plan for `device` whatever device the tensors are on. For tests; not thread-safe."""
+    global _forced
+    before, _forced = _forced, device
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def device_of(device: torch.device) -> Device:
+    """The Device to plan for, given where the tensors are."""
+    return _forced if _forced is not None else running_device(device)
+
+
+def plan_of(x: Inputs) -> tuple[Problem, Plan]:
+    """The Problem and the Plan of checked inputs."""
+    problem = problem_of(x)
+    return problem, make_plan(problem, device_of(x.q.device))
+
+
+def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Compute attention of checked inputs into `out` (x.out_shape) and `lse` (x.lse_shape, float32)."""
+    _, plan = plan_of(x)
+    if plan.kernel == "none":
+        out.zero_()
+        lse.fill_(float("-inf"))
+    elif plan.backend == "cpu":
+        from headfold.backends import cpu
+
+        cpu.run(plan, x, out, lse)
+    else:
+        from headfold.backends import triton
+
+        triton.run(plan, x, out, lse)

@@ -1,0 +1,1 @@
+"""Device code. Importing a kernel module imports triton; nothing above `backends` does."""

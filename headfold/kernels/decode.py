@@ -1,0 +1,153 @@
+"""Split-KV attention for few queries: one program runs one split of one tile of one head unit.
+
+With several splits the states go to a workspace, and `fixup.py` merges them; with one the result is final.
+"""
+
+import triton
+import triton.language as tl
+
+from headfold.kernels.parts.attend import attend
+from headfold.kernels.parts.fold import fold_rows
+from headfold.kernels.parts.kv import aligned
+from headfold.kernels.parts.spans import sequence_span, visible_keys
+from headfold.kernels.parts.tile import empty_state, load_queries, locate, store_result, tile_keys
+from headfold.kernels.specialize import INTEGERS
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def decode_kernel(
+    Q,
+    K,
+    V,
+    Out,
+    Lse,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_q,
+    seqused_k,
+    page_table,
+    sq_capacity: tl.int32,
+    sk_capacity: tl.int32,
+    batch: tl.int32,
+    tiles_per_sequence: tl.int32,
+    fold: tl.int32,
+    group: tl.int32,
+    q_stride_b: tl.int64,
+    q_stride_s: tl.int64,
+    q_stride_h: tl.int64,
+    k_stride_b: tl.int64,
+    k_stride_s: tl.int64,
+    k_stride_h: tl.int64,
+    v_stride_b: tl.int64,
+    v_stride_s: tl.int64,
+    v_stride_h: tl.int64,
+    out_stride_split: tl.int64,
+    out_stride_b: tl.int64,
+    out_stride_s: tl.int64,
+    out_stride_h: tl.int64,
+    lse_stride_split: tl.int64,
+    lse_stride_b: tl.int64,
+    lse_stride_s: tl.int64,
+    lse_stride_h: tl.int64,
+    table_stride: tl.int64,
+    page_size: tl.int32,
+    page_magic: tl.uint32,
+    page_shift: tl.uint32,
+    window_left: tl.int32,
+    window_right: tl.int32,
+    bottom_right: tl.int32,
+    sign: tl.float32,
+    scale_log2: tl.float32,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    DV0: tl.constexpr,
+    DV1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    """Grid: (tiles, head units, splits). Lengths are read here, so a captured graph may change them."""
+    unit = tl.program_id(1)
+    split = tl.program_id(2)
+    seq, tile = locate(tl.program_id(0), tiles_per_sequence, cu_seqlens_q, batch, fold, BLOCK_M, SEARCH)
+    q_offset, sq = sequence_span(
+        seq, cu_seqlens_q, seqused_q, sq_capacity, aligned(q_stride_b, ALIGN), aligned(q_stride_s, ALIGN)
+    )
+    first_row = tile * BLOCK_M
+    if first_row >= sq * fold:
+        return
+    out_offset, _ = sequence_span(
+        seq, cu_seqlens_q, seqused_q, sq_capacity, aligned(out_stride_b, ALIGN), aligned(out_stride_s, ALIGN)
+    )
+    lse_offset, _ = sequence_span(seq, cu_seqlens_q, seqused_q, sq_capacity, lse_stride_b, lse_stride_s)
+    k_offset, sk = sequence_span(
+        seq, cu_seqlens_k, seqused_k, sk_capacity, aligned(k_stride_b, ALIGN), aligned(k_stride_s, ALIGN)
+    )
+    v_offset, _ = sequence_span(
+        seq, cu_seqlens_k, seqused_k, sk_capacity, aligned(v_stride_b, ALIGN), aligned(v_stride_s, ALIGN)
+    )
+    kv_head = (unit * fold // group).to(tl.int64)
+    K += kv_head * aligned(k_stride_h, ALIGN)
+    V += kv_head * aligned(v_stride_h, ALIGN)
+    table = page_table
+    if page_table is None:
+        K += k_offset
+        V += v_offset
+    else:
+        table = page_table + seq.to(tl.int64) * table_stride
+
+    row, position, head = fold_rows(first_row, fold, BLOCK_M)
+    live = row < sq * fold
+    head = unit * fold + head
+    q_rows = position.to(tl.int64) * aligned(q_stride_s, ALIGN) + head.to(tl.int64) * aligned(
+        q_stride_h, ALIGN
+    )
+    queries = load_queries(Q + q_offset, q_rows, live, sign, HEAD_DIM, D0, D1)
+    shift, key_low, key_high, full_low, full_high = tile_keys(
+        first_row, sq, sk, fold, bottom_right, window_left, window_right, BLOCK_M
+    )
+    row_low, row_high = visible_keys(position, shift, window_left, window_right, sk)
+    blocks = tl.maximum(tl.cdiv(key_high - key_low, BLOCK_N), 0)
+    share = tl.cdiv(blocks, tl.num_programs(2))
+    first_block = tl.minimum(split * share, blocks)
+    last_block = tl.minimum(first_block + share, blocks)
+    # Every block is masked: memory sets the pace here, and one loop keeps the program small.
+    state = empty_state(BLOCK_M, DV0, DV1)
+    state = attend(
+        state,
+        queries,
+        K,
+        V,
+        None,
+        None,
+        table,
+        first_block,
+        last_block,
+        key_low,
+        key_high,
+        row_low,
+        row_high,
+        (k_stride_b, k_stride_s),
+        (v_stride_b, v_stride_s),
+        (page_size, page_magic, page_shift),
+        scale_log2,
+        HEAD_DIM,
+        HEAD_DIM_V,
+        D0,
+        D1,
+        DV0,
+        DV1,
+        BLOCK_N,
+        ALIGN,
+        True,
+        False,
+    )
+    Out += out_offset + split * aligned(out_stride_split, ALIGN)
+    out_rows = position.to(tl.int64) * aligned(out_stride_s, ALIGN) + head * aligned(out_stride_h, ALIGN)
+    lse_rows = (
+        lse_offset + split * lse_stride_split + position.to(tl.int64) * lse_stride_s + head * lse_stride_h
+    )
+    store_result(state, Out, Lse, out_rows, lse_rows, live, scale_log2, HEAD_DIM_V, DV0, DV1)

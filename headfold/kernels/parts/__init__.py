@@ -1,0 +1,1 @@
+"""Device helpers shared by the kernels, one concept a file."""

@@ -1,0 +1,37 @@
+"""The running softmax of a tile: row maximum, row sum, and what a finished row is."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softmax_step(scores, visible, row_max, row_sum, scale_log2, MASKED: tl.constexpr):
+    """Take one block of raw scores into the running softmax (Milakov and Gimelshein 2018).
+
+    Returns the block's weights (BLOCK_M, BLOCK_N) in float32, the factor that older sums shrink by, and the new
+    row maximum (of raw scores) and row sum. scale_log2 >= 0, so the largest raw score is the largest scaled one.
+    """
+    if MASKED:
+        scores = tl.where(visible, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    if MASKED:
+        # A row that has seen no key yet: -inf - -inf would be NaN.
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    else:
+        safe_max = new_max
+    weights = tl.exp2(scores * scale_log2 - (safe_max * scale_log2)[:, None])
+    shrink = tl.exp2((row_max - safe_max) * scale_log2)
+    if MASKED:
+        # With a scale of 0 a hidden score is -inf * 0 = NaN, and so is the first shrink factor.
+        weights = tl.where(visible, weights, 0.0)
+        shrink = tl.where(row_max == float("-inf"), 0.0, shrink)
+    return weights, shrink, new_max, row_sum * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def softmax_finish(row_max, row_sum, scale_log2):
+    """(1 / row sum, LSE in natural log); a row that saw no key gets factor 0 and LSE -inf."""
+    empty = row_sum == 0.0
+    inverse = 1.0 / tl.where(empty, 1.0, row_sum)
+    lse = (row_max * scale_log2 + tl.log2(tl.where(empty, 1.0, row_sum))) * 0.6931471805599453
+    return tl.where(empty, 0.0, inverse), tl.where(empty, float("-inf"), lse)

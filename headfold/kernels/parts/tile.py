@@ -1,0 +1,71 @@
+"""Tile: where a program's folded queries come from and where their results go. Shared by decode and prefill."""
+
+import triton
+import triton.language as tl
+
+from headfold.kernels.parts.fold import load_rows, store_rows
+from headfold.kernels.parts.softmax import softmax_finish
+from headfold.kernels.parts.spans import find_sequence, visible_keys
+
+
+@triton.jit
+def locate(tile, tiles_per_sequence, cu_seqlens_q, batch, fold, BLOCK_M: tl.constexpr, SEARCH: tl.constexpr):
+    """(sequence, tile within it) of a program's tile number."""
+    if SEARCH:
+        seq, tile = find_sequence(tile, cu_seqlens_q, batch, fold, BLOCK_M)
+    else:
+        seq = tile // tiles_per_sequence
+        tile = tile - seq * tiles_per_sequence
+    return seq, tile
+
+
+@triton.jit
+def load_queries(Q, rows, live, sign, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Both parts of a tile's queries, negated when the softmax scale is negative (exact in any precision)."""
+    q0 = (load_rows(Q, rows, live, HEAD_DIM, 0, D0) * sign).to(Q.dtype.element_ty)
+    q1 = q0
+    if D1 > 0:
+        q1 = (load_rows(Q, rows, live, HEAD_DIM, D0, D1) * sign).to(Q.dtype.element_ty)
+    return q0, q1
+
+
+@triton.jit
+def tile_keys(first_row, sq, sk, fold, bottom_right, window_left, window_right, BLOCK_M: tl.constexpr):
+    """What the mask leaves of the keys of a tile: (shift of the diagonal, first key that any row sees, end of
+    the keys that any row sees, first key that all rows see, end of the keys that all rows see)."""
+    shift = (sk - sq) * bottom_right
+    last_row = tl.minimum(first_row + BLOCK_M, sq * fold) - 1
+    low, full_high = visible_keys(first_row // fold, shift, window_left, window_right, sk)
+    full_low, high = visible_keys(last_row // fold, shift, window_left, window_right, sk)
+    return shift, low, high, full_low, full_high
+
+
+@triton.jit
+def empty_state(BLOCK_M: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr):
+    """The state of a tile before its first block."""
+    acc0 = tl.zeros([BLOCK_M, DV0], tl.float32)
+    acc1 = acc0
+    if DV1 > 0:
+        acc1 = tl.zeros([BLOCK_M, DV1], tl.float32)
+    return acc0, acc1, tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+
+
+@triton.jit
+def store_result(
+    state,
+    Out,
+    Lse,
+    out_rows,
+    lse_rows,
+    live,
+    scale_log2,
+    HEAD_DIM_V: tl.constexpr,
+    DV0: tl.constexpr,
+    DV1: tl.constexpr,
+):
+    """Finish a tile's state and write its live rows."""
+    inverse, lse = softmax_finish(state[2], state[3], scale_log2)
+    store_rows(Out, out_rows, live, state[0] * inverse[:, None], HEAD_DIM_V, 0, DV0)
+    if DV1 > 0:
+        store_rows(Out, out_rows, live, state[1] * inverse[:, None], HEAD_DIM_V, DV0, DV1)
+    tl.store(Lse + lse_rows, lse, mask=live)

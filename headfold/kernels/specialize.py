@@ -1,0 +1,16 @@
+"""Which kernel arguments Triton must not compile variants for."""
+
+# Every integer is a plain argument: the JIT would otherwise compile one kernel per value 1, per multiple of 16
+# and per anything else, for each. What alignment is worth is told by the one constexpr ALIGN instead.
+INTEGERS = (
+    "sq_capacity sk_capacity batch tiles_per_sequence fold group "
+    "q_stride_b q_stride_s q_stride_h k_stride_b k_stride_s k_stride_h v_stride_b v_stride_s v_stride_h "
+    "out_stride_split out_stride_b out_stride_s out_stride_h "
+    "lse_stride_split lse_stride_b lse_stride_s lse_stride_h table_stride "
+    "page_size page_magic page_shift window_left window_right bottom_right"
+).split()
+FIXUP_INTEGERS = (
+    "num_splits rows heads batch po_stride_split po_stride_b po_stride_s po_stride_h "
+    "pl_stride_split pl_stride_b pl_stride_s pl_stride_h out_stride_b out_stride_s out_stride_h "
+    "lse_stride_b lse_stride_s lse_stride_h"
+).split()

@@ -1,0 +1,137 @@
+"""The torch.library operators: one schema, one fake and one validator shared by all.
+
+headfold::attention allocates its results, headfold::attention_out writes into given ones; headfold::combine and
+headfold::combine_out do the same for the merge of states. Both names of an operator run the same code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from headfold import backends
+from headfold.merge import check_combine, combine_shapes, run_combine
+from headfold.problem import Inputs, check, check_out, check_values, value_checks_enabled
+
+_ARGS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    "Tensor? seqused_q=None, Tensor? seqused_k=None, Tensor? page_table=None, "
+    "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, float? softmax_scale=None, "
+    "SymInt window_left=-1, SymInt window_right=-1, bool bottom_right=True, int num_splits=0, "
+    'bool? pack_gqa=None, int sm_margin=0, str caller="attention"'
+)
+_COMBINE_ARGS = "Tensor out_partial, Tensor lse_partial, Tensor? cu_seqlens=None, Tensor? seqused=None"
+
+lib = torch.library.Library("headfold", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+lib.define(f"attention({_ARGS}) -> (Tensor, Tensor)", tags=_TAGS)
+lib.define(f"attention_out({_ARGS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()", tags=_TAGS)
+lib.define(f"combine({_COMBINE_ARGS}, ScalarType? out_dtype=None) -> (Tensor, Tensor)", tags=_TAGS)
+lib.define(f"combine_out({_COMBINE_ARGS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()", tags=_TAGS)
+
+
+def _checked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    x = Inputs(*args, **kwargs)
+    check(x)
+    return x
+
+
+def _empty_results(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.q.new_empty(x.out_shape), x.q.new_empty(x.lse_shape, dtype=torch.float32)
+
+
+def _attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    x = _checked(args, kwargs)
+    if value_checks_enabled():
+        check_values(x)
+    out, lse = _empty_results(x)
+    backends.run(x, out, lse)
+    return out, lse
+
+
+def _attention_fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty_results(_checked(args, kwargs))
+
+
+def _check_results(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+    check_out(x, "out", out, x.out_shape, x.q.dtype)
+    check_out(x, "lse", lse, x.lse_shape, torch.float32)
+
+
+def _attention_out(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:
+    x = _checked(args, kwargs)
+    _check_results(x, out, lse)
+    if value_checks_enabled():
+        check_values(x)
+    backends.run(x, out, lse)
+
+
+def _attention_out_fake(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:
+    _check_results(_checked(args, kwargs), out, lse)
+
+
+def _combine(
+    out_partial: torch.Tensor,
+    lse_partial: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    seqused: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = _combine_fake(out_partial, lse_partial, cu_seqlens, seqused, out_dtype)
+    run_combine(out_partial, lse_partial, cu_seqlens, seqused, out, lse)
+    return out, lse
+
+
+def _combine_fake(
+    out_partial: torch.Tensor,
+    lse_partial: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    seqused: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_combine(out_partial, lse_partial, cu_seqlens, seqused, None, None, out_dtype)
+    out_shape, lse_shape = combine_shapes(out_partial)
+    out = out_partial.new_empty(out_shape, dtype=out_dtype or out_partial.dtype)
+    return out, out_partial.new_empty(lse_shape, dtype=torch.float32)
+
+
+def _combine_out(
+    out_partial: torch.Tensor,
+    lse_partial: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    seqused: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    check_combine(out_partial, lse_partial, cu_seqlens, seqused, out, lse, None)
+    run_combine(out_partial, lse_partial, cu_seqlens, seqused, out, lse)
+
+
+def _combine_out_fake(
+    out_partial: torch.Tensor,
+    lse_partial: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    seqused: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    check_combine(out_partial, lse_partial, cu_seqlens, seqused, out, lse, None)
+
+
+for _name, _impl, _fake in (
+    ("attention", _attention, _attention_fake),
+    ("attention_out", _attention_out, _attention_out_fake),
+    ("combine", _combine, _combine_fake),
+    ("combine_out", _combine_out, _combine_out_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        lib.impl(_name, _impl, _key)
+    torch.library.register_fake(f"headfold::{_name}", _fake, lib=lib)
+
+attention = torch.ops.headfold.attention.default
+attention_out = torch.ops.headfold.attention_out.default
+combine = torch.ops.headfold.combine.default
+combine_out = torch.ops.headfold.combine_out.default

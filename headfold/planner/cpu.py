@@ -1,0 +1,122 @@
+"""Plans for the CPU backend."""
+
+from __future__ import annotations
+
+import torch
+
+from headfold.planner.device import Device
+from headfold.planner.plan import Plan
+from headfold.problem import Problem
+
+# Folded rows up to which folding beats queries as they are, whatever the mask.
+DECODE_ROWS = 256
+# Queries below which the kernel's 32-row blocks are mostly padding unless the group is folded into them.
+DECODE_QUERIES = 32
+# Keys of one split.
+SPLIT_KEYS = 1024
+# Keys of one split per folded row.
+SPLIT_KEYS_PER_ROW = 32
+# Rows from which PyTorch's bf16 kernel first copies the K and V it is given into its own order (AMX).
+PACKED_ROWS = 64
+# Share of the KV bytes that copies made by one call may take, as a divisor.
+COPY_SHARE = 32
+# Keys of one split of a paged prefill, at least: each split reads and writes the output once more.
+PREFILL_SPLIT_KEYS = 2048
+# Queries of one additive mask in a prefill, and elements of one in a decode.
+MASK_ROWS = 256
+MASK_SIZE = 2**20
+
+
+def plan_cpu(p: Problem, device: Device) -> Plan:
+    """Folded rows and splits for few queries, PyTorch's own blocks over unexpanded K and V for many."""
+    rows = p.max_seqlen_q * p.group
+    if rows <= DECODE_ROWS or p.max_seqlen_q < DECODE_QUERIES:
+        return _decode_plan(p, device, rows)
+    return _prefill_plan(p)
+
+
+def _decode_plan(p: Problem, device: Device, rows: int) -> Plan:
+    copies = _copies(p, rows)
+    extent = max(SPLIT_KEYS, SPLIT_KEYS_PER_ROW * rows)
+    most = min(_copied_keys(p) if copies else p.max_seqlen_k, _masked_keys(p, rows))
+    extent = min(extent, max(SPLIT_KEYS, most))
+    if p.num_splits:
+        extent = max(1, -(-p.max_seqlen_k // p.num_splits))
+    elif not p.lengths_on_device and p.max_seqlen_k <= most and _is_balanced(p, device):
+        extent = p.max_seqlen_k
+    splits = p.num_splits or -(-p.max_seqlen_k // extent)
+    together = splits if splits > 1 else p.batch
+    if copies:
+        together = max(1, min(together, _copied_keys(p) // extent))
+    return Plan(
+        backend="cpu",
+        kernel="decode",
+        fold=p.group,
+        block_m=rows,
+        block_n=extent,
+        head_units=p.num_kv_heads,
+        tiles=p.batch,
+        tiles_per_sequence=1,
+        num_splits=splits,
+        num_stages=together,
+        reasons=(
+            f"{p.group} heads x {p.max_seqlen_q} queries folded into {rows} rows; {splits} "
+            f"split{'s' if splits > 1 else ''} of {extent} keys, {together} in one call",
+        ),
+    )
+
+
+def _prefill_plan(p: Problem) -> Plan:
+    packs = _packs(p, p.max_seqlen_q)
+    extent = p.max_seqlen_k
+    if p.num_splits:
+        extent = max(1, -(-p.max_seqlen_k // p.num_splits))
+    elif p.kv_layout == "paged":
+        extent = min(extent, max(PREFILL_SPLIT_KEYS, _copied_keys(p)))
+    splits = p.num_splits or -(-p.max_seqlen_k // extent)
+    copies = packs or p.head_dim != p.head_dim_v
+    units = p.num_kv_heads if copies else 1
+    together = max(1, p.batch * units // COPY_SHARE) if copies else p.batch
+    return Plan(
+        backend="cpu",
+        kernel="prefill",
+        fold=1,
+        block_m=MASK_ROWS,
+        block_n=extent,
+        head_units=units,
+        tiles=p.batch,
+        tiles_per_sequence=1,
+        num_splits=splits,
+        num_stages=together,
+        reasons=(
+            f"queries as they are; K and V unexpanded, {units} part{'s' if units > 1 else ''} of the heads; "
+            f"{splits} split{'s' if splits > 1 else ''} of {extent} keys",
+        ),
+    )
+
+
+def _packs(p: Problem, rows: int) -> bool:
+    """True when PyTorch's kernel copies the K and V of a call into its own order before it multiplies."""
+    return p.dtype == torch.bfloat16 and rows >= PACKED_ROWS
+
+
+def _copies(p: Problem, rows: int) -> bool:
+    """True when a decode call copies the K and V it takes: gathers, pads to one head dimension or packs."""
+    return p.kv_layout == "paged" or p.head_dim != p.head_dim_v or _packs(p, rows)
+
+
+def _copied_keys(p: Problem) -> int:
+    """Keys that may be copied at a time; below one split the saving is not worth the calls."""
+    return max(SPLIT_KEYS, p.total_k // COPY_SHARE)
+
+
+def _masked_keys(p: Problem, rows: int) -> int:
+    """Keys of one split such that its mask stays small; a single position sees all the keys it is given."""
+    masked = p.window_left is not None or p.window_right is not None
+    return MASK_SIZE // rows if masked and p.max_seqlen_q > 1 else p.max_seqlen_k
+
+
+def _is_balanced(p: Problem, device: Device) -> bool:
+    """True when (sequence, KV head) pairs keep all cores busy alone: splits would only cost a merge."""
+    units = p.batch * p.num_kv_heads
+    return p.batch > 1 and (units % device.sms == 0 or units >= 4 * device.sms)

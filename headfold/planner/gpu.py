@@ -1,0 +1,134 @@
+"""Plans for the Triton backend: which kernel, which tile, how many splits."""
+
+from __future__ import annotations
+
+from headfold.planner.device import Device
+from headfold.planner.plan import Plan
+from headfold.planner.tiles import Tile, decode_tile, padded, prefill_tile, shared_memory, split_dim
+from headfold.planner.work import key_span
+from headfold.problem import Problem
+
+MAX_SPLITS = 256
+# Folded rows up to which the decode kernel's small tile takes a whole sequence at once.
+DECODE_ROWS = 64
+# What a program costs beyond its blocks (start, pipeline fill, epilogue), and what a fixup costs, in blocks.
+# From the prototypes: a segment start costs about two blocks of 64 KB, a fixup kernel 3 to 4 us, about two.
+START_COST = 2.0
+FIXUP_COST = 2.0
+FIXUP_COST_PER_SPLIT = 0.05
+
+
+def plan_gpu(p: Problem, device: Device) -> Plan:
+    """Decide how `p` runs through the Triton kernels on `device`."""
+    fold, fold_reason = choose_fold(p)
+    usable = max(1, device.sms - p.sm_margin)
+    rows = p.max_seqlen_q * fold
+    prefill = prefill_tile(p.head_dim, p.head_dim_v, p.dtype, tma_possible(p), device)
+    units = p.num_heads // fold
+    reasons = [fold_reason]
+    if rows > DECODE_ROWS and p.num_splits in (0, 1):
+        tiles, _, _ = count_tiles(p, fold, prefill.rows)
+        blocks = span_blocks(p, prefill.keys)
+        splits = choose_splits(tiles * units, blocks, usable) if p.num_splits == 0 else 1
+        if splits == 1:
+            reasons.append(f"{rows} folded rows a sequence fill tiles of {prefill.rows}: no split needed")
+            return _plan(p, device, "prefill", prefill, fold, 1, reasons)
+        reasons.append(f"{tiles * units} tiles leave multiprocessors idle: keys are split instead")
+    tile = decode_tile(rows, p.head_dim, p.head_dim_v, p.dtype, p.kv_layout == "paged", device)
+    tiles, _, _ = count_tiles(p, fold, tile.rows)
+    blocks = span_blocks(p, tile.keys)
+    splits = p.num_splits or choose_splits(tiles * units, blocks, usable)
+    how = "forced by num_splits" if p.num_splits else f"over {blocks} blocks"
+    reasons.append(f"{splits} split{'s' if splits > 1 else ''} a tile, {how}")
+    return _plan(p, device, "decode", tile, fold, splits, reasons)
+
+
+def choose_fold(p: Problem) -> tuple[int, str]:
+    """Heads that share a tile's rows: the whole group unless the caller forbids it.
+
+    Folding never needs more rows: ceil(sq * G / rows) <= G * ceil(sq / rows).
+    """
+    if p.pack_gqa is False and p.group > 1:
+        return (
+            1,
+            f"the {p.group} heads of a group run apart, as pack_gqa=False asks: K and V are read by each",
+        )
+    if p.group == 1:
+        return 1, "one query head per KV head: nothing to fold"
+    return p.group, f"the {p.group} heads of a group are folded into rows: each K/V byte is read once"
+
+
+def tma_possible(p: Problem) -> bool:
+    """True when the copy engine can fetch K and V: 16-byte rows, whole tiles in the head dimension, no pages."""
+    whole = all(split_dim(d) == (d, 0) for d in (p.head_dim, p.head_dim_v))
+    return p.kv_layout != "paged" and p.kv_aligned and whole and p.dtype.itemsize == 2
+
+
+def count_tiles(p: Problem, fold: int, block_m: int) -> tuple[int, int, bool]:
+    """(tiles of a head unit over the batch, tiles per sequence, whether a tile must search its sequence).
+
+    A ragged batch is either laid out at its bound, every sequence with the tiles of the longest, or packed, and
+    then a tile finds its sequence by bisection: whichever launches fewer programs.
+    """
+    per_sequence = -(-p.max_seqlen_q * fold // block_m)
+    bound = p.batch * per_sequence
+    packed = p.total_q * fold // block_m + p.batch
+    if p.q_layout == "ragged" and packed < bound:
+        return packed, 0, True
+    return bound, per_sequence, False
+
+
+def span_blocks(p: Problem, block_n: int) -> int:
+    """Blocks of keys that the longest tile can see, at the bounds."""
+    width = p.max_seqlen_k
+    if p.window_left is not None and p.window_right is not None:
+        width = min(width, p.max_seqlen_q + p.window_left + p.window_right + 1)
+    elif p.window_left is not None or p.window_right is not None:
+        start, end = key_span(p, 0, p.max_seqlen_q - 1)
+        width = end - start
+    return max(1, -(-width // block_n))
+
+
+def choose_splits(tiles: int, blocks: int, sms: int) -> int:
+    """Splits a tile that finish first, counting whole waves of programs and the fixup.
+
+    time(s) = waves(tiles * s) * (ceil(blocks / s) + START_COST) + fixup, in block times of one multiprocessor.
+    """
+
+    def time(s: int) -> float:
+        waves = -(-tiles * s // sms)
+        fixup = FIXUP_COST + FIXUP_COST_PER_SPLIT * s if s > 1 else 0.0
+        return waves * (-(-blocks // s) + START_COST) + fixup
+
+    return min(range(1, min(MAX_SPLITS, blocks) + 1), key=time)
+
+
+def _plan(
+    p: Problem, device: Device, kernel: str, tile: Tile, fold: int, splits: int, reasons: list[str]
+) -> Plan:
+    tiles, per_sequence, search = count_tiles(p, fold, tile.rows)
+    row_width = -(-p.head_dim_v // 8) * 8  # rows of the workspace stay 16-byte aligned
+    if padded(p.head_dim) != p.head_dim:
+        reasons.append(
+            f"head dimension {p.head_dim} runs as {' + '.join(str(n) for n in split_dim(p.head_dim) if n)}"
+        )
+    return Plan(
+        backend="triton",
+        kernel=kernel,  # type: ignore[arg-type]
+        fold=fold,
+        block_m=tile.rows,
+        block_n=tile.keys,
+        head_units=p.num_heads // fold,
+        tiles=tiles,
+        tiles_per_sequence=per_sequence,
+        num_splits=splits,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        d_parts=split_dim(p.head_dim),
+        dv_parts=split_dim(p.head_dim_v),
+        use_tma=tile.tma,
+        search_tiles=search,
+        workspace=splits * p.total_q * p.num_heads * (row_width + 1) * 4 if splits > 1 else 0,
+        shared_memory=shared_memory(tile, p.head_dim, p.head_dim_v, p.dtype),
+        reasons=tuple(reasons),
+    )

@@ -1,0 +1,134 @@
+"""Plan: how one Problem will run. What the planner decided, and exactly what the backend launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from headfold.planner.device import Device
+from headfold.planner.work import visible_pairs, visible_tokens
+from headfold.problem import Problem
+
+Backend = Literal["cpu", "triton"]
+Kernel = Literal["decode", "prefill", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a Problem runs on a Device. A pure function of both; launchers add nothing to it.
+
+    `fold` heads of a group share a tile of `block_m` rows; a block is `block_n` keys. `head_units` is the
+    number of tiles side by side in the head dimension (KV heads when the whole group is folded). `tiles` bounds
+    the tiles of one head unit over the whole batch. `d_parts` and `dv_parts` cut a head dimension into two
+    powers of two (the second 0 where one suffices), so that d = 96 does not pay for 128. `workspace` is in bytes.
+    """
+
+    backend: Backend
+    kernel: Kernel
+    fold: int = 1
+    block_m: int = 0
+    block_n: int = 0
+    head_units: int = 0
+    tiles: int = 0
+    tiles_per_sequence: int = 0
+    num_splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 1
+    d_parts: tuple[int, int] = (0, 0)
+    dv_parts: tuple[int, int] = (0, 0)
+    use_tma: bool = False
+    search_tiles: bool = False
+    workspace: int = 0
+    shared_memory: int = 0
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def programs(self) -> int:
+        """Programs that the main kernel launches."""
+        return self.tiles * self.head_units * self.num_splits
+
+    @property
+    def rows_paid(self) -> int:
+        """Matmul rows that the tiles hold, used or not, over the whole batch."""
+        return self.tiles * self.head_units * self.block_m
+
+    def explain(self, problem: Problem, device: Device) -> str:
+        """Say in plain words what will run and why. Lengths are taken at their bounds.
+
+        Args:
+            problem: the Problem this plan was made for.
+            device: the Device this plan was made for.
+        """
+        lines = [_headline(problem)]
+        if self.kernel == "none":
+            return "\n".join(
+                [*lines, "Nothing to compute: no query row, or no key. Outputs are filled, nothing runs."]
+            )
+        lines.append(f"Runs on {device.name} as the {self.backend} {self.kernel} kernel.")
+        lines += [f"  {reason}" for reason in self.reasons]
+        lines += [f"  {line}" for line in self._work_lines(problem, device)]
+        return "\n".join(lines)
+
+    def _work_lines(self, p: Problem, device: Device) -> list[str]:
+        bytes_moved = bytes_to_move(p)
+        flops = flops_of(p)
+        read, compute = bytes_moved / device.bandwidth, flops / device.matmul_flops
+        bound = "memory" if read >= compute else "arithmetic"
+        lines = [
+            f"must move {bytes_moved / 1e6:,.1f} MB and do {flops / 1e9:,.1f} GFLOP: bound by {bound}, "
+            f"no faster than {max(read, compute) * 1e6:,.1f} us on this device"
+            + (" (rough: a CPU's rates are estimates)" if device.is_cpu else ""),
+        ]
+        if self.backend != "triton":
+            return lines
+        used = p.total_q * p.num_heads
+        lines.insert(
+            0,
+            f"tile of {self.block_m} rows x block of {self.block_n} keys, {self.num_warps} warps, "
+            f"{self.num_stages} stages, about {self.shared_memory / 1024:.0f} KB of shared memory",
+        )
+        lines.insert(
+            1, f"rows used of rows paid for: {used} of {self.rows_paid} ({used / self.rows_paid:.0%})"
+        )
+        waves = -(-self.programs // device.sms)
+        busy = self.programs / (waves * device.sms)
+        lines.append(
+            f"{self.programs} programs on {device.sms} multiprocessors: {waves} "
+            f"wave{'s' if waves > 1 else ''}, {1 - busy:.0%} of the last slots idle"
+        )
+        if self.num_splits > 1:
+            lines.append(
+                f"fixup: {self.num_splits} states a row through {self.workspace / 1e6:,.2f} MB of workspace "
+                f"({2 * self.workspace / bytes_moved:.1%} of the bytes, written and read once)"
+            )
+        else:
+            lines.append("fixup: none, every tile is finished by one program")
+        return lines
+
+
+def _headline(p: Problem) -> str:
+    dims = f"d{p.head_dim}" if p.head_dim == p.head_dim_v else f"d{p.head_dim}/{p.head_dim_v}"
+    mask = "no mask"
+    if p.window_left is not None or p.window_right is not None:
+        left = "open" if p.window_left is None else p.window_left
+        right = "open" if p.window_right is None else p.window_right
+        corner = "bottom-right" if p.bottom_right else "top-left"
+        mask = f"window ({left}, {right}) aligned {corner}"
+    paged = f", pages of {p.page_size}" if p.kv_layout == "paged" else ""
+    return (
+        f"{p.num_heads}:{p.num_kv_heads} heads (group of {p.group}), {dims}, {str(p.dtype).removeprefix('torch.')}, "
+        f"batch {p.batch}, queries <= {p.max_seqlen_q} ({p.q_layout}), keys <= {p.max_seqlen_k} "
+        f"({p.kv_layout}{paged}), {mask}"
+    )
+
+
+def bytes_to_move(p: Problem) -> int:
+    """Bytes that must cross memory at the bounds: visible K and V once, q and the output once."""
+    tokens = visible_tokens(p)
+    kv = tokens * p.num_kv_heads * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
+    return kv + p.total_q * p.num_heads * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
+
+
+def flops_of(p: Problem) -> int:
+    """Floating-point operations of both matrix products at the bounds, masked pairs left out."""
+    return 2 * visible_pairs(p) * p.num_heads * (p.head_dim + p.head_dim_v)

@@ -1,0 +1,109 @@
+"""Tile shapes: how many rows, keys, warps and stages, and the shared memory they take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from headfold.planner.device import Device
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A launchable tile: `rows` folded rows, `keys` per block, warps, pipeline stages, TMA or pointer loads."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    tma: bool = False
+
+
+def split_dim(d: int) -> tuple[int, int]:
+    """Cut a head dimension into powers of two, (first, second), second 0 where the first covers it.
+
+    The first is the largest power of two in d and the second covers the rest, at least 32 wide (16 makes the
+    layouts of the second part spill at d = 80), unless that pays for as much as rounding d up would.
+    """
+    if d <= 16:
+        return 16, 0
+    first = 1 << (d.bit_length() - 1)
+    if first == d:
+        return d, 0
+    second = max(32, next_power_of_two(d - first))
+    return (2 * first, 0) if first + second >= 2 * first else (first, second)
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two >= n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def padded(d: int) -> int:
+    """Columns a head dimension takes up in a tile."""
+    return sum(split_dim(d))
+
+
+def shared_memory(tile: Tile, d: int, dv: int, dtype: torch.dtype) -> int:
+    """Bytes of shared memory a tile needs: the queries, K and V in every buffer of the pipeline, and scratch.
+
+    An upper bound of what Triton 3.6 to 3.9 allocates; tests compare it with what the compiler reports.
+    """
+    block = tile.keys * (padded(d) + padded(dv)) * dtype.itemsize
+    queries = tile.rows * padded(d) * dtype.itemsize
+    stages = min(tile.stages, 3)  # a page look-up takes two further stages, which hold indices only
+    # Asynchronous products of 64 rows and more (wgmma) hold a buffer until they are waited for.
+    buffers = stages if tile.rows >= 64 else max(1, stages - 1)
+    indices = tile.stages * tile.keys * 8
+    return queries + buffers * block + indices + 8192
+
+
+def decode_tile(rows: int, d: int, dv: int, dtype: torch.dtype, paged: bool, device: Device) -> Tile:
+    """The tile of the decode kernel for `rows` folded rows of a sequence.
+
+    64 KB of K and V a block, double-buffered, is what keeps enough bytes in flight on an H200 at every head
+    dimension (95 to 99 % of the read ceiling in prototypes); smaller blocks where shared memory is short.
+    """
+    wide = max(padded(d), padded(dv))
+    # The page look-up takes two stages of the pipeline for itself: with fewer the K/V copies are no longer
+    # double-buffered (+30 % measured on an H200).
+    stages = 5 if paged else 3
+    if dtype == torch.float32:
+        # Full float32 products run on the FMA units with their operands in registers: larger tiles spill.
+        tile = (Tile(16, 32, 8, stages) if wide > 64 else Tile(16, 16, 4, stages)) if rows <= 16 else None
+        tile = tile or Tile(32, 16, 16, stages)
+    else:
+        block_m = min(max(16, next_power_of_two(rows)), 64)
+        keys = min(256, next_power_of_two(32 * 1024 // (padded(d) + padded(dv)) + 1) // 2)
+        if block_m >= 32 and wide > 128:
+            tile = Tile(64, 64, 8, stages) if block_m == 64 else Tile(32, 32, 4, stages)
+        else:
+            tile = Tile(block_m, min(keys, 64) if block_m == 64 else keys, 4, stages)
+    while shared_memory(tile, d, dv, dtype) > device.smem and tile.keys > 16:
+        tile = replace(tile, keys=tile.keys // 2)
+    return tile
+
+
+def prefill_tile(d: int, dv: int, dtype: torch.dtype, tma_possible: bool, device: Device) -> Tile:
+    """The tile of the prefill kernel: the first of a measured order that fits the shared memory.
+
+    On an H200 (bf16, 4096 queries and keys, no mask, TFLOP/s): d128 through the copy engine 64 x 64 with 4 warps
+    474 (two programs share a multiprocessor, one's softmax runs beside the other's products), 128 x 128 with 8
+    warps 364; through pointers 128 x 64 with 8 warps 428, 64 x 64 with 4 warps 402. d64 64 x 128 406, 64 x 64
+    350. d256 128 x 32 389, 128 x 64 359.
+    """
+    wide = max(padded(d), padded(dv))
+    if dtype == torch.float32:
+        return Tile(64, 16, 16, 2) if 64 < wide <= 128 else Tile(32, 16, 16, 2)
+    tma = tma_possible and device.arch >= (9, 0)
+    if wide <= 64:
+        candidates = [Tile(64, 128, 4, 3, True)] if tma else []
+        candidates += [Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)]
+    elif wide <= 128:
+        candidates = [Tile(64, 64, 4, 3, True)] if tma else []
+        candidates += [Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)]
+    else:
+        candidates = [Tile(128, 32, 8, 3, True)] if tma else []
+        candidates += [Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)]
+    return next((t for t in candidates if shared_memory(t, d, dv, dtype) <= device.smem), candidates[-1])

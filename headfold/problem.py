@@ -1,0 +1,394 @@
+"""Problem: what is asked for, and every check of what a user passed.
+
+`Inputs` holds the arguments of one call as they came. `check` raises on anything that the kernels could not
+compute as documented, before anything is launched or written. `problem_of` reduces checked inputs to a
+`Problem`: shapes, dtypes and features only, no tensors and no values read from a device, so that a plan can be
+cached by it and a CUDA graph can replay it with other lengths.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+
+MAX_HEAD_DIM = 256
+MAX_GROUP = 256
+# Positions are 32-bit in the kernels, and a window bound is added to them: half the range keeps sums safe.
+MAX_SEQLEN = 2**30
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+QLayout = Literal["dense", "ragged"]
+KVLayout = Literal["dense", "ragged", "paged"]
+
+# What a caller of each public function called the operator's arguments; the others keep their names.
+_NAMES: dict[str, dict[str, str]] = {
+    "flash_attn_with_kvcache": {"k": "k_cache", "v": "v_cache", "seqused_k": "cache_seqlens"},
+    "scaled_dot_product_attention": {"q": "query", "k": "key", "v": "value", "softmax_scale": "scale"},
+}
+
+
+@dataclass(slots=True)
+class Inputs:
+    """The arguments of one attention call, as the operators take them.
+
+    Shapes: `q` (b, sq, h, d), or (total_q, h, d) with `cu_seqlens_q`; `k`, `v` (b, sk, hk, d | dv), or
+    (total_k, hk, d | dv) with `cu_seqlens_k`, or (pages, page_size, hk, d | dv) with `page_table`.
+    `window_left`, `window_right` are -1 for an open side; `bottom_right` tells where the diagonal ends.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None
+    seqused_k: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+    softmax_scale: float | None = None
+    window_left: int = -1
+    window_right: int = -1
+    bottom_right: bool = True
+    num_splits: int = 0
+    pack_gqa: bool | None = None
+    sm_margin: int = 0
+    caller: str = "attention"
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def scale(self) -> float:
+        """The softmax scale in force: d**-0.5 unless one was given; 0.0 means 0.0."""
+        return self.q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output: q's, with the head dimension of v."""
+        return (*self.q.shape[:-1], self.v.shape[-1])
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """Shape of the LSE: (b, h, sq), or (h, total_q) for ragged q."""
+        if self.cu_seqlens_q is not None:
+            return (self.q.shape[1], self.q.shape[0])
+        return (self.q.shape[0], self.q.shape[2], self.q.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One attention problem, as the planner sees it.
+
+    Lengths are upper bounds known on the host (capacities), never values read from a device.
+    `total_q` and `total_k` bound the sums over the batch. Window sides are None when open.
+    """
+
+    device_type: str
+    dtype: torch.dtype
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    total_q: int
+    total_k: int
+    q_layout: QLayout = "dense"
+    kv_layout: KVLayout = "dense"
+    page_size: int = 0
+    window_left: int | None = None
+    window_right: int | None = None
+    bottom_right: bool = True
+    lengths_on_device: bool = False
+    kv_aligned: bool = True
+    num_splits: int = 0
+    pack_gqa: bool | None = None
+    sm_margin: int = 0
+
+    @property
+    def group(self) -> int:
+        """G, the query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V at capacity, each counted once."""
+        per_token = self.num_kv_heads * (self.head_dim + self.head_dim_v) * self.dtype.itemsize
+        return self.total_k * per_token
+
+    @property
+    def is_empty(self) -> bool:
+        """True when no kernel has anything to do: no query row, or no key anywhere."""
+        return self.total_q == 0 or self.batch == 0 or self.max_seqlen_k == 0 or self.total_k == 0
+
+
+def _fail(x: Inputs, arg: str, got: str, need: str, kind: type[Exception] = ValueError) -> Exception:
+    name = _NAMES.get(x.caller, {}).get(arg, arg)
+    return kind(f"{x.caller}: {name} {got}; {need}")
+
+
+def _shape(t: torch.Tensor) -> str:
+    return "(" + ", ".join(str(n) for n in t.shape) + ")"
+
+
+def check(x: Inputs) -> None:
+    """Raise on the first argument that cannot be computed as documented. Reads no device memory.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: a shape, dtype, device, stride or value that does not fit; the message names the argument,
+            what it got and what it needs.
+        NotImplementedError: a call that needs the backward.
+    """
+    _check_tensors(x)
+    _check_layout(x)
+    _check_heads(x)
+    _check_lengths(x)
+    _check_scalars(x)
+    if torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad):
+        raise NotImplementedError(
+            f"{x.caller}: an input requires a gradient, and headfold has no backward yet; "
+            "call it under torch.no_grad() or detach the inputs"
+        )
+
+
+def _check_tensors(x: Inputs) -> None:
+    for name, t in (("q", x.q), ("k", x.k), ("v", x.v)):
+        if not isinstance(t, torch.Tensor):
+            raise _fail(x, name, f"is a {type(t).__name__}", "it must be a torch.Tensor", TypeError)
+        if t.dtype not in DTYPES:
+            raise _fail(x, name, f"has dtype {t.dtype}", "it must be float16, bfloat16 or float32")
+        if t.dtype != x.q.dtype:
+            raise _fail(x, name, f"has dtype {t.dtype}", f"it must have the queries' dtype {x.q.dtype}")
+        if t.device != x.q.device:
+            raise _fail(x, name, f"is on {t.device}", f"it must be on the queries' device {x.q.device}")
+        if t.dim() > 0 and t.shape[-1] > 1 and t.stride(-1) != 1:
+            raise _fail(x, name, f"has last stride {t.stride(-1)}", "its last dimension must be contiguous")
+
+
+def _check_layout(x: Inputs) -> None:
+    q_dims, kv_dims = (4, 4) if x.cu_seqlens_q is None else (3, 4)
+    if x.cu_seqlens_k is not None and x.page_table is None:
+        kv_dims = 3
+    if x.q.dim() != q_dims:
+        need = "(b, sq, h, d)" if q_dims == 4 else "(total_q, h, d), since cu_seqlens_q is given"
+        raise _fail(x, "q", f"has shape {_shape(x.q)}", f"it must be {need}")
+    for name, t in (("k", x.k), ("v", x.v)):
+        if t.dim() != kv_dims:
+            need = "(total_k, hk, d), since cu_seqlens_k is given" if kv_dims == 3 else "(b, sk, hk, d)"
+            if x.page_table is not None:
+                need = "(pages, page_size, hk, d), since page_table is given"
+            raise _fail(x, name, f"has shape {_shape(t)}", f"it must be {need}")
+    batch = x.batch
+    _check_index(x, "cu_seqlens_q", x.cu_seqlens_q, (batch + 1,))
+    if x.cu_seqlens_q is not None and x.cu_seqlens_q.shape[0] < 1:
+        raise _fail(x, "cu_seqlens_q", "is empty", "it must hold batch + 1 offsets")
+    _check_index(x, "cu_seqlens_k", x.cu_seqlens_k, (batch + 1,))
+    _check_index(x, "seqused_q", x.seqused_q, (batch,))
+    _check_index(x, "seqused_k", x.seqused_k, (batch,))
+    if x.page_table is not None:
+        _check_index(x, "page_table", x.page_table, (batch, None))
+        if x.cu_seqlens_k is None and x.seqused_k is None:
+            raise _fail(x, "seqused_k", "is None", "a paged cache needs the length of every sequence")
+        if x.k.shape[1] < 1:
+            raise _fail(x, "k", f"has shape {_shape(x.k)}", "page_size must be at least 1")
+    elif x.cu_seqlens_k is None and x.k.shape[0] != batch:
+        raise _fail(x, "k", f"has batch {x.k.shape[0]}", f"it must have the queries' batch {batch}")
+
+
+def _check_index(x: Inputs, name: str, t: torch.Tensor | None, shape: tuple[int | None, ...]) -> None:
+    if t is None:
+        return
+    if not isinstance(t, torch.Tensor):
+        raise _fail(x, name, f"is a {type(t).__name__}", "it must be an int32 tensor", TypeError)
+    if t.dtype != torch.int32:
+        raise _fail(x, name, f"has dtype {t.dtype}", "it must be int32")
+    if t.device != x.q.device:
+        raise _fail(x, name, f"is on {t.device}", f"it must be on the queries' device {x.q.device}")
+    fits = t.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, t.shape, strict=False))
+    if not fits:
+        want = "(" + ", ".join("max_pages" if n is None else str(n) for n in shape) + ")"
+        raise _fail(x, name, f"has shape {_shape(t)}", f"it must be {want} for this batch")
+    if t.shape[-1] > 1 and t.stride(-1) != 1:
+        raise _fail(x, name, f"has last stride {t.stride(-1)}", "its last dimension must be contiguous")
+
+
+def _check_heads(x: Inputs) -> None:
+    h, d = x.q.shape[-2:]
+    hk, dk = x.k.shape[-2:]
+    if x.v.shape[:-1] != x.k.shape[:-1]:
+        raise _fail(x, "v", f"has shape {_shape(x.v)}", f"all but its last size must equal k's {_shape(x.k)}")
+    if hk < 1 or h < 1:
+        raise _fail(x, "k" if hk < 1 else "q", "has no heads", "at least one head is needed")
+    if h % hk != 0:
+        raise _fail(x, "q", f"has {h} heads", f"that must be a multiple of the {hk} KV heads")
+    if h // hk > MAX_GROUP:
+        raise _fail(x, "q", f"has {h // hk} heads per KV head", f"at most {MAX_GROUP} are supported")
+    if dk != d:
+        raise _fail(x, "k", f"has head dimension {dk}", f"it must equal the queries' head dimension {d}")
+    for name, n in (("q", d), ("v", x.v.shape[-1])):
+        if not 1 <= n <= MAX_HEAD_DIM:
+            raise _fail(x, name, f"has head dimension {n}", f"it must be 1 to {MAX_HEAD_DIM}")
+
+
+def _check_lengths(x: Inputs) -> None:
+    for name, bound in (("max_seqlen_q", x.max_seqlen_q), ("max_seqlen_k", x.max_seqlen_k)):
+        if bound is not None and bound < 0:
+            raise _fail(x, name, f"is {bound}", "it must be None or an upper bound >= 0")
+    if _q_capacity(x) > MAX_SEQLEN:
+        raise _fail(x, "q", f"has shape {_shape(x.q)}", f"a sequence may have at most {MAX_SEQLEN} queries")
+    if _k_capacity(x) > MAX_SEQLEN:
+        name = "k" if x.page_table is None else "page_table"
+        raise _fail(x, name, f"allows {_k_capacity(x)} keys", f"a sequence may have at most {MAX_SEQLEN}")
+
+
+def _check_scalars(x: Inputs) -> None:
+    for name, side in (("left", x.window_left), ("right", x.window_right)):
+        if side < -1:
+            raise _fail(x, "window_size", f"has {name} side {side}", "a side is None or -1 (open), or >= 0")
+    if x.num_splits < 0 or x.num_splits > 256:
+        raise _fail(x, "num_splits", f"is {x.num_splits}", "it must be 0 (automatic) to 256")
+    if x.sm_margin < 0:
+        raise _fail(x, "sm_margin", f"is {x.sm_margin}", "it must be >= 0")
+    if x.softmax_scale is not None and not float("-inf") < x.softmax_scale < float("inf"):
+        raise _fail(x, "softmax_scale", f"is {x.softmax_scale}", "it must be None or a finite number")
+
+
+def check_out(x: Inputs, name: str, t: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise unless `t` can take a result of that shape and dtype in place, without overlapping itself."""
+    if not isinstance(t, torch.Tensor):
+        raise _fail(x, name, f"is a {type(t).__name__}", "it must be a torch.Tensor", TypeError)
+    if tuple(t.shape) != tuple(shape):
+        raise _fail(x, name, f"has shape {_shape(t)}", f"it must be {tuple(shape)}")
+    if t.dtype != dtype:
+        raise _fail(x, name, f"has dtype {t.dtype}", f"it must be {dtype}")
+    if t.device != x.q.device:
+        raise _fail(x, name, f"is on {t.device}", f"it must be on the queries' device {x.q.device}")
+    if t.dim() > 0 and t.shape[-1] > 1 and t.stride(-1) != 1:
+        raise _fail(x, name, f"has last stride {t.stride(-1)}", "its last dimension must be contiguous")
+    if any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
+        raise _fail(x, name, "is expanded (a stride is 0)", "every element needs its own place")
+
+
+def _q_capacity(x: Inputs) -> int:
+    return x.q.shape[0] if x.cu_seqlens_q is not None else x.q.shape[1]
+
+
+def _k_capacity(x: Inputs) -> int:
+    if x.page_table is not None:
+        return x.page_table.shape[1] * x.k.shape[1]
+    return x.k.shape[0] if x.cu_seqlens_k is not None else x.k.shape[1]
+
+
+def is_aligned(t: torch.Tensor) -> bool:
+    """True when every row along the last dimension starts on a 16-byte boundary."""
+    vec = 16 // t.element_size()
+    sizes_strides = zip(t.shape[:-1], t.stride()[:-1], strict=True)
+    return t.data_ptr() % 16 == 0 and all(n <= 1 or s % vec == 0 for n, s in sizes_strides)
+
+
+def problem_of(x: Inputs) -> Problem:
+    """Reduce checked inputs to what the planner needs."""
+    batch = x.batch
+    q_capacity, k_capacity = _q_capacity(x), _k_capacity(x)
+    max_q = q_capacity if x.max_seqlen_q is None else min(x.max_seqlen_q, q_capacity)
+    max_k = k_capacity if x.max_seqlen_k is None else min(x.max_seqlen_k, k_capacity)
+    ragged_q = x.cu_seqlens_q is not None
+    layout: KVLayout = "dense" if x.cu_seqlens_k is None else "ragged"
+    if x.page_table is not None:
+        layout = "paged"
+    return Problem(
+        device_type=x.q.device.type,
+        dtype=x.q.dtype,
+        batch=batch,
+        num_heads=x.q.shape[-2],
+        num_kv_heads=x.k.shape[-2],
+        head_dim=x.q.shape[-1],
+        head_dim_v=x.v.shape[-1],
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        total_q=x.q.shape[0] if ragged_q else batch * q_capacity,
+        total_k=min(batch * max_k, x.k.shape[0]) if layout == "ragged" else batch * max_k,
+        q_layout="ragged" if ragged_q else "dense",
+        kv_layout=layout,
+        page_size=x.k.shape[1] if layout == "paged" else 0,
+        window_left=None if x.window_left < 0 else x.window_left,
+        window_right=None if x.window_right < 0 else x.window_right,
+        bottom_right=x.bottom_right,
+        lengths_on_device=layout != "dense" or x.seqused_k is not None,
+        kv_aligned=is_aligned(x.k) and is_aligned(x.v),
+        num_splits=x.num_splits,
+        pack_gqa=x.pack_gqa,
+        sm_margin=x.sm_margin,
+    )
+
+
+def value_checks_enabled() -> bool:
+    """True under HEADFOLD_CHECK=1: lengths and page indices are read back and checked, at the price of a sync."""
+    return os.environ.get("HEADFOLD_CHECK", "0") not in ("", "0")
+
+
+def check_values(x: Inputs) -> None:
+    """Read the index tensors and raise on the first entry that is out of range, saying which one.
+
+    Raises:
+        ValueError: an offset, length, bound or page index that does not fit its tensor.
+    """
+    q_lens = _check_offsets(x, "cu_seqlens_q", x.cu_seqlens_q, x.q.shape[0])
+    k_lens = _check_offsets(
+        x, "cu_seqlens_k", x.cu_seqlens_k, None if x.page_table is not None else x.k.shape[0]
+    )
+    q_used = _check_used(x, "seqused_q", x.seqused_q, q_lens, _q_capacity(x))
+    k_used = _check_used(x, "seqused_k", x.seqused_k, k_lens, _k_capacity(x))
+    for name, bound, used in (
+        ("max_seqlen_q", x.max_seqlen_q, q_used),
+        ("max_seqlen_k", x.max_seqlen_k, k_used),
+    ):
+        if bound is not None and used and max(used) > bound:
+            i = used.index(max(used))
+            raise _fail(
+                x, name, f"is {bound}", f"sequence {i} has length {used[i]}, and it must bound them all"
+            )
+    if x.page_table is not None:
+        pages, page_size = x.k.shape[:2]
+        for i, (row, n) in enumerate(zip(x.page_table.tolist(), k_used or [], strict=True)):
+            for j, page in enumerate(row[: -(-n // page_size)]):
+                if not 0 <= page < pages:
+                    raise _fail(
+                        x, "page_table", f"[{i}, {j}] is {page}", f"a page index must be 0 to {pages - 1}"
+                    )
+
+
+def _check_offsets(x: Inputs, name: str, t: torch.Tensor | None, total: int | None) -> list[int] | None:
+    if t is None:
+        return None
+    offsets = t.tolist()
+    if offsets[0] != 0:
+        raise _fail(x, name, f"[0] is {offsets[0]}", "the first offset must be 0")
+    for i, (a, b) in enumerate(pairwise(offsets)):
+        if b < a:
+            raise _fail(x, name, f"[{i + 1}] is {b}, below [{i}] = {a}", "offsets must not decrease")
+    if total is not None and offsets[-1] > total:
+        raise _fail(x, name, f"[{len(offsets) - 1}] is {offsets[-1]}", f"only {total} rows are there")
+    return [b - a for a, b in pairwise(offsets)]
+
+
+def _check_used(
+    x: Inputs, name: str, t: torch.Tensor | None, slots: list[int] | None, capacity: int
+) -> list[int] | None:
+    if t is None:
+        return slots
+    used = t.tolist()
+    for i, n in enumerate(used):
+        room = slots[i] if slots is not None else capacity
+        if not 0 <= n <= room:
+            raise _fail(x, name, f"[{i}] is {n}", f"that sequence has room for 0 to {room}")
+    return used

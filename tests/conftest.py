@@ -1,0 +1,75 @@
+"""Where the tests run: on the CPU backend, and through the GPU's kernels, for real or interpreted.
+
+Without a GPU the very kernels run through Triton's interpreter, which must be asked for before triton is
+imported. `target` is one of both ways; a test that takes it runs once for each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from headfold import backends  # noqa: E402
+from headfold.planner import DEVICES, Device  # noqa: E402
+
+settings.register_profile(
+    "headfold", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.load_profile("headfold")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A way to run attention: a backend, the device its tensors live on, and the dtypes it computes right."""
+
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    plan_for: Device | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Calls of headfold inside go this way."""
+        with backends.force(self.plan_for) if self.plan_for else nullcontext():
+            yield
+
+
+CPU = Target("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16))
+# The interpreter's bf16 tl.dot is wrong (numpy has no bf16), so bf16 kernels run on GPUs alone.
+INTERPRETED = Target("interpreted", "cpu", (torch.float32, torch.float16), DEVICES["h200"])
+GPU = Target("gpu", "cuda", (torch.bfloat16, torch.float16, torch.float32))
+TARGETS = (CPU, GPU) if HAS_GPU else (CPU, INTERPRETED)
+KERNELS = GPU if HAS_GPU else INTERPRETED
+
+
+@pytest.fixture(params=TARGETS, ids=lambda t: t.name)
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Each way in turn, in force for the test."""
+    with request.param.running():
+        yield request.param
+
+
+@pytest.fixture
+def kernels() -> Iterator[Target]:
+    """The GPU's kernels, for real where there is a GPU, else interpreted; in force for the test."""
+    with KERNELS.running():
+        yield KERNELS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped, with the reason, where there is none."""
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
