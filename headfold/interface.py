@@ -69,19 +69,28 @@ def flash_attn_func(
         NotImplementedError: an argument that is not available yet, or an input that requires a gradient.
     """
     caller = "flash_attn_func"
+    _require_tensors(caller, q=q, k=k, v=v)
     _refuse(
         caller,
         qv=qv,
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
-        attention_chunk=attention_chunk or None,
-        softcap=softcap or None,
+        attention_chunk=_unless_zero(attention_chunk),
+        softcap=_unless_zero(softcap),
         learnable_sink=learnable_sink,
         alibi_slopes=alibi_slopes,
         tokens_per_split=tokens_per_split,
     )
-    _check_flags(caller, causal=causal, deterministic=deterministic, pack_gqa=pack_gqa)
+    _allow_tensors(caller, out=out)
+    _check_flags(
+        caller,
+        causal=causal,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
+        return_lse=return_lse,
+    )
+    _check_pack_gqa(caller, pack_gqa)
     left, right = _window(caller, window_size, causal)
     return _run(
         (q, k, v),
@@ -149,19 +158,36 @@ def flash_attn_varlen_func(
         out (total_q, h, dv), or (out, lse) with the LSE (h, total_q) float32.
     """
     caller = "flash_attn_varlen_func"
+    _require_tensors(caller, q=q, k=k, v=v)
     _refuse(
         caller,
         qv=qv,
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
-        attention_chunk=attention_chunk or None,
-        softcap=softcap or None,
+        attention_chunk=_unless_zero(attention_chunk),
+        softcap=_unless_zero(softcap),
         learnable_sink=learnable_sink,
         alibi_slopes=alibi_slopes,
         tokens_per_split=tokens_per_split,
     )
-    _check_flags(caller, causal=causal, deterministic=deterministic, pack_gqa=pack_gqa)
+    _allow_tensors(
+        caller,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        page_table=page_table,
+        out=out,
+    )
+    _check_flags(
+        caller,
+        causal=causal,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
+        return_lse=return_lse,
+    )
+    _check_pack_gqa(caller, pack_gqa)
     left, right = _window(caller, window_size, causal)
     return _run(
         (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table),
@@ -235,6 +261,7 @@ def flash_attn_with_kvcache(
     The rest, the errors and the meaning are those of `flash_attn_func`.
     """
     caller = "flash_attn_with_kvcache"
+    _require_tensors(caller, q=q, k_cache=k_cache, v_cache=v_cache)
     _refuse(
         caller,
         k=k,
@@ -249,20 +276,26 @@ def flash_attn_with_kvcache(
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
-        attention_chunk=attention_chunk or None,
-        softcap=softcap or None,
+        attention_chunk=_unless_zero(attention_chunk),
+        softcap=_unless_zero(softcap),
         scheduler_metadata=scheduler_metadata,
         learnable_sink=learnable_sink,
         alibi_slopes=alibi_slopes,
         tree_mask=tree_mask,
         tokens_per_split=tokens_per_split,
     )
-    _check_flags(caller, causal=causal, rotary_interleaved=rotary_interleaved, pack_gqa=pack_gqa)
+    _allow_tensors(caller, page_table=page_table, cu_seqlens_q=cu_seqlens_q, out=out)
+    _check_flags(
+        caller,
+        causal=causal,
+        rotary_interleaved=rotary_interleaved,
+        return_softmax_lse=return_softmax_lse,
+    )
+    _check_pack_gqa(caller, pack_gqa)
     left, right = _window(caller, window_size, causal)
     if cache_seqlens is not None and not isinstance(cache_seqlens, torch.Tensor):
-        k_cache, v_cache, cache_seqlens = _constant_length(
-            caller, q, k_cache, v_cache, page_table, cu_seqlens_q, cache_seqlens
-        )
+        n = _integer(caller, "cache_seqlens", cache_seqlens)
+        k_cache, v_cache, cache_seqlens = _constant_length(caller, k_cache, v_cache, page_table, n)
     return _run(
         (q, k_cache, v_cache, cu_seqlens_q, None, None, cache_seqlens, page_table),
         {
@@ -309,13 +342,17 @@ def flash_attn_combine(
     Raises:
         TypeError, ValueError: an argument that does not fit, named in the message.
     """
+    caller = "flash_attn_combine"
+    _require_tensors(caller, out_partial=out_partial, lse_partial=lse_partial)
+    _allow_tensors(caller, out=out, cu_seqlens=cu_seqlens, seqused=seqused)
+    _check_flags(caller, return_lse=return_lse)
+    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"{caller}: out_dtype is {out_dtype!r}; it must be None or a torch.dtype")
     if out is None:
         out, lse = ops.combine(out_partial, lse_partial, cu_seqlens, seqused, out_dtype)
         return (out, lse) if return_lse else out
     if out_dtype is not None and out_dtype != out.dtype:
-        raise ValueError(
-            f"flash_attn_combine: out_dtype is {out_dtype}; with out given it must be None or {out.dtype}"
-        )
+        raise ValueError(f"{caller}: out_dtype is {out_dtype}; with out given it must be None or {out.dtype}")
     lse = torch.empty(lse_partial.shape[1:], dtype=torch.float32, device=lse_partial.device)
     ops.combine_out(out_partial, lse_partial, cu_seqlens, seqused, out=out, lse=lse)
     return (out, lse) if return_lse else out
@@ -327,25 +364,35 @@ def _run(
     out: torch.Tensor | None,
     want_lse: bool,
 ) -> Result:
-    caller = options["caller"]
-    for name, t in zip(("q", "k", "v"), tensors[:3], strict=True):
-        if not isinstance(t, torch.Tensor):
-            name = {"k": "k_cache", "v": "v_cache"}.get(name, name) if caller.endswith("kvcache") else name
-            raise TypeError(f"{caller}: {name} is a {type(t).__name__}; it must be a torch.Tensor")
     if out is None:
         result, lse = ops.attention(*tensors, **options)
         return (result, lse) if want_lse else result
     q = tensors[0]
-    if not isinstance(out, torch.Tensor):
-        raise TypeError(f"{caller}: out is a {type(out).__name__}; it must be a torch.Tensor")
     assert q is not None
     ragged = len(tensors) > 3 and tensors[3] is not None
-    rows = q.shape[:-1]
-    lse = q.new_empty(
-        (rows[-1], rows[0]) if ragged else (rows[0], rows[-1], *rows[1:-1]), dtype=torch.float32
-    )
+    lead, rows = (0, q.shape[:-1]) if ragged else (1, q.shape[1:-1])
+    lse = q.new_empty((*q.shape[:lead], *reversed(rows)), dtype=torch.float32)
     ops.attention_out(*tensors, **options, out=out, lse=lse)
     return (out, lse) if want_lse else out
+
+
+def _require_tensors(caller: str, **tensors: Any) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{caller}: {name} is a {type(value).__name__}; it must be a torch.Tensor")
+
+
+def _allow_tensors(caller: str, **tensors: Any) -> None:
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"{caller}: {name} is a {type(value).__name__}; it must be None or a torch.Tensor"
+            )
+
+
+def _unless_zero(value: Any) -> Any:
+    """None for a number that switches a feature off."""
+    return None if isinstance(value, int | float) and value == 0 else value
 
 
 def _refuse(caller: str, **later: Any) -> None:
@@ -356,19 +403,27 @@ def _refuse(caller: str, **later: Any) -> None:
 
 def _check_flags(caller: str, **flags: Any) -> None:
     for name, value in flags.items():
-        if value is not None and not isinstance(value, bool):
+        if not isinstance(value, bool):
             raise TypeError(f"{caller}: {name} is {value!r}; it must be True or False")
+
+
+def _check_pack_gqa(caller: str, value: Any) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{caller}: pack_gqa is {value!r}; it must be None, True or False")
 
 
 def _integer(caller: str, name: str, value: Any) -> int:
     if isinstance(value, bool | float):
         raise TypeError(f"{caller}: {name} is {value!r}; it must be an int")
-    if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{caller}: {name} is {value!r}; it must be an int") from None
+    # A symbolic int passes as it is: operator.index would make torch.compile specialise on its value.
+    if not isinstance(value, int | torch.SymInt):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{caller}: {name} is {value!r}; it must be an int") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{caller}: {name} is {value}; it must fit 64 bits")
+    return value
 
 
 def _number(caller: str, name: str, value: Any) -> float | None:
@@ -388,31 +443,31 @@ def _window(caller: str, window: Any, causal: bool) -> tuple[int, int]:
                 "it must hold two integers on the CPU"
             )
         window = window.flatten().tolist()
-    if isinstance(window, str) or not isinstance(window, Sequence) or len(window) != 2:
-        raise ValueError(f"{caller}: window_size is {window!r}; it must be two of int or None, (left, right)")
+    if isinstance(window, str) or not isinstance(window, Sequence):
+        raise TypeError(f"{caller}: window_size is {window!r}; it must be two of int or None, (left, right)")
+    if len(window) != 2:
+        raise ValueError(f"{caller}: window_size has {len(window)} entries; it must have two, (left, right)")
     left, right = (-1 if side is None else _integer(caller, "window_size", side) for side in window)
     return left, 0 if causal else right
 
 
 def _constant_length(
     caller: str,
-    q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     page_table: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    length: Any,
+    n: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """A length that the host knows: a shorter view of a dense cache, a filled tensor for a paged one."""
-    n = _integer(caller, "cache_seqlens", length)
+    if k_cache.dim() != 4 or v_cache.dim() != 4 or k_cache.shape[:-1] != v_cache.shape[:-1]:
+        return k_cache, v_cache, None  # problem.check says what is wrong
     if page_table is None:
-        if n < 0 or (k_cache.dim() == 4 and n > k_cache.shape[1]):
+        if not 0 <= n <= k_cache.shape[1]:
             raise ValueError(f"{caller}: cache_seqlens is {n}; the cache holds 0 to {k_cache.shape[1]} keys")
-        if k_cache.dim() != 4 or v_cache.dim() != 4:
-            return k_cache, v_cache, None
         return k_cache[:, :n], v_cache[:, :n], None
-    if page_table.dim() == 2 and k_cache.dim() == 4 and not 0 <= n <= page_table.shape[1] * k_cache.shape[1]:
-        room = page_table.shape[1] * k_cache.shape[1]
+    if page_table.dim() != 2:
+        return k_cache, v_cache, None
+    room = page_table.shape[1] * k_cache.shape[1]
+    if not 0 <= n <= room:
         raise ValueError(f"{caller}: cache_seqlens is {n}; the page table has room for 0 to {room} keys")
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    return k_cache, v_cache, torch.full((batch,), n, dtype=torch.int32, device=q.device)
+    return k_cache, v_cache, torch.full((page_table.shape[0],), n, dtype=torch.int32, device=k_cache.device)

@@ -30,6 +30,7 @@ def check_combine(
     Raises:
         TypeError: an argument that is no tensor.
         ValueError: a shape, dtype, device or stride that does not fit.
+        NotImplementedError: a call that needs the backward.
     """
     for name, t in (("out_partial", out_partial), ("lse_partial", lse_partial)):
         if not isinstance(t, torch.Tensor):
@@ -70,15 +71,30 @@ def check_combine(
         raise ValueError(
             f"{_CALLER}: seqused is given without cu_seqlens; (splits, total, h, d) partials need both"
         )
-    batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else out_partial.shape[1]
+    batch = out_partial.shape[1]
     if cu_seqlens is not None:
-        _check_tensor("cu_seqlens", cu_seqlens, out_partial, (max(batch, 0) + 1,), (torch.int32,))
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(
+                f"{_CALLER}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; it must be (batch + 1,)"
+            )
+        batch = cu_seqlens.shape[0] - 1
+        _check_tensor("cu_seqlens", cu_seqlens, out_partial, (batch + 1,), (torch.int32,))
     if seqused is not None:
         _check_tensor("seqused", seqused, out_partial, (batch,), (torch.int32,))
     if out is not None:
         _check_tensor("out", out, out_partial, out_shape, _OUT_DTYPES)
     if lse is not None:
         _check_tensor("lse", lse, out_partial, lse_shape, (torch.float32,), last_stride=False)
+    for name, t in (("out", out), ("lse", lse)):
+        if t is not None and any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
+            raise ValueError(
+                f"{_CALLER}: {name} is expanded (a stride is 0); every element needs its own place"
+            )
+    if torch.is_grad_enabled() and (out_partial.requires_grad or lse_partial.requires_grad):
+        raise NotImplementedError(
+            f"{_CALLER}: an input requires a gradient, and headfold has no backward yet; "
+            "call it under torch.no_grad() or detach the inputs"
+        )
 
 
 def _check_tensor(
@@ -127,7 +143,7 @@ def run_combine(
     lse: torch.Tensor,
 ) -> None:
     """Merge checked partials into `out` and `lse`. Rows past `seqused` are not written."""
-    if lse.numel() == 0:
+    if lse.numel() == 0 or (seqused is not None and seqused.shape[0] == 0):
         return
     ragged = out_partial.dim() == 4
     if backends.device_of(out.device).is_cpu:

@@ -131,8 +131,11 @@ class Problem:
 
 
 def _fail(x: Inputs, arg: str, got: str, need: str, kind: type[Exception] = ValueError) -> Exception:
-    name = _NAMES.get(x.caller, {}).get(arg, arg)
-    return kind(f"{x.caller}: {name} {got}; {need}")
+    return kind(f"{x.caller}: {_called(x, arg)} {got}; {need}")
+
+
+def _called(x: Inputs, arg: str) -> str:
+    return _NAMES.get(x.caller, {}).get(arg, arg)
 
 
 def _shape(t: torch.Tensor) -> str:
@@ -187,15 +190,15 @@ def _check_layout(x: Inputs) -> None:
             if x.page_table is not None:
                 need = "(pages, page_size, hk, d), since page_table is given"
             raise _fail(x, name, f"has shape {_shape(t)}", f"it must be {need}")
-    batch = x.batch
-    _check_index(x, "cu_seqlens_q", x.cu_seqlens_q, (batch + 1,))
+    _check_index(x, "cu_seqlens_q", x.cu_seqlens_q, ("batch + 1",))
     if x.cu_seqlens_q is not None and x.cu_seqlens_q.shape[0] < 1:
         raise _fail(x, "cu_seqlens_q", "is empty", "it must hold batch + 1 offsets")
+    batch = x.batch
     _check_index(x, "cu_seqlens_k", x.cu_seqlens_k, (batch + 1,))
+    _check_index(x, "page_table", x.page_table, (batch, "max_pages"))
     _check_index(x, "seqused_q", x.seqused_q, (batch,))
     _check_index(x, "seqused_k", x.seqused_k, (batch,))
     if x.page_table is not None:
-        _check_index(x, "page_table", x.page_table, (batch, None))
         if x.cu_seqlens_k is None and x.seqused_k is None:
             raise _fail(x, "seqused_k", "is None", "a paged cache needs the length of every sequence")
         if x.k.shape[1] < 1:
@@ -204,7 +207,7 @@ def _check_layout(x: Inputs) -> None:
         raise _fail(x, "k", f"has batch {x.k.shape[0]}", f"it must have the queries' batch {batch}")
 
 
-def _check_index(x: Inputs, name: str, t: torch.Tensor | None, shape: tuple[int | None, ...]) -> None:
+def _check_index(x: Inputs, name: str, t: torch.Tensor | None, shape: tuple[int | str, ...]) -> None:
     if t is None:
         return
     if not isinstance(t, torch.Tensor):
@@ -213,9 +216,11 @@ def _check_index(x: Inputs, name: str, t: torch.Tensor | None, shape: tuple[int 
         raise _fail(x, name, f"has dtype {t.dtype}", "it must be int32")
     if t.device != x.q.device:
         raise _fail(x, name, f"is on {t.device}", f"it must be on the queries' device {x.q.device}")
-    fits = t.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, t.shape, strict=False))
+    fits = t.dim() == len(shape) and all(
+        isinstance(n, str) or n == m for n, m in zip(shape, t.shape, strict=False)
+    )
     if not fits:
-        want = "(" + ", ".join("max_pages" if n is None else str(n) for n in shape) + ")"
+        want = "(" + ", ".join(str(n) for n in shape) + ")"
         raise _fail(x, name, f"has shape {_shape(t)}", f"it must be {want} for this batch")
     if t.shape[-1] > 1 and t.stride(-1) != 1:
         raise _fail(x, name, f"has last stride {t.stride(-1)}", "its last dimension must be contiguous")
@@ -225,7 +230,8 @@ def _check_heads(x: Inputs) -> None:
     h, d = x.q.shape[-2:]
     hk, dk = x.k.shape[-2:]
     if x.v.shape[:-1] != x.k.shape[:-1]:
-        raise _fail(x, "v", f"has shape {_shape(x.v)}", f"all but its last size must equal k's {_shape(x.k)}")
+        need = f"all but its last size must equal {_called(x, 'k')}'s {_shape(x.k)}"
+        raise _fail(x, "v", f"has shape {_shape(x.v)}", need)
     if hk < 1 or h < 1:
         raise _fail(x, "k" if hk < 1 else "q", "has no heads", "at least one head is needed")
     if h % hk != 0:
@@ -243,6 +249,15 @@ def _check_lengths(x: Inputs) -> None:
     for name, bound in (("max_seqlen_q", x.max_seqlen_q), ("max_seqlen_k", x.max_seqlen_k)):
         if bound is not None and bound < 0:
             raise _fail(x, name, f"is {bound}", "it must be None or an upper bound >= 0")
+    # Dense rows that no seqused shortens all count: a smaller bound would leave some of them out.
+    for name, bound, rows, given in (
+        ("max_seqlen_q", x.max_seqlen_q, x.q.shape[1], (x.cu_seqlens_q, x.seqused_q)),
+        ("max_seqlen_k", x.max_seqlen_k, x.k.shape[1], (x.cu_seqlens_k, x.seqused_k, x.page_table)),
+    ):
+        if bound is not None and all(t is None for t in given) and bound < rows:
+            raise _fail(
+                x, name, f"is {bound}", f"every sequence has length {rows}, and it must bound them all"
+            )
     if _q_capacity(x) > MAX_SEQLEN:
         raise _fail(x, "q", f"has shape {_shape(x.q)}", f"a sequence may have at most {MAX_SEQLEN} queries")
     if _k_capacity(x) > MAX_SEQLEN:
@@ -346,8 +361,11 @@ def check_values(x: Inputs) -> None:
     k_lens = _check_offsets(
         x, "cu_seqlens_k", x.cu_seqlens_k, None if x.page_table is not None else x.k.shape[0]
     )
+    if x.page_table is not None and x.seqused_k is None:
+        _check_paged_lengths(x, k_lens or [])
     q_used = _check_used(x, "seqused_q", x.seqused_q, q_lens, _q_capacity(x))
-    k_used = _check_used(x, "seqused_k", x.seqused_k, k_lens, _k_capacity(x))
+    k_slots = k_lens if x.page_table is None or x.seqused_k is None else None
+    k_used = _check_used(x, "seqused_k", x.seqused_k, k_slots, _k_capacity(x))
     for name, bound, used in (
         ("max_seqlen_q", x.max_seqlen_q, q_used),
         ("max_seqlen_k", x.max_seqlen_k, k_used),
@@ -379,6 +397,18 @@ def _check_offsets(x: Inputs, name: str, t: torch.Tensor | None, total: int | No
     if total is not None and offsets[-1] > total:
         raise _fail(x, name, f"[{len(offsets) - 1}] is {offsets[-1]}", f"only {total} rows are there")
     return [b - a for a, b in pairwise(offsets)]
+
+
+def _check_paged_lengths(x: Inputs, lengths: list[int]) -> None:
+    room = _k_capacity(x)
+    for i, n in enumerate(lengths):
+        if n > room:
+            raise _fail(
+                x,
+                "cu_seqlens_k",
+                f"gives sequence {i} {n} keys",
+                f"its row of page_table has room for {room}",
+            )
 
 
 def _check_used(

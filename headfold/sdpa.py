@@ -54,9 +54,11 @@ def scaled_dot_product_attention(
             raise TypeError(f"{_CALLER}: {name} is a {type(t).__name__}; it must be a torch.Tensor")
         if t.dim() < 2:
             raise ValueError(f"{_CALLER}: {name} has shape {tuple(t.shape)}; it must be (..., length, dim)")
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(f"{_CALLER}: value has length {value.shape[-2]}; it must have key's {key.shape[-2]}")
     lead = _leading(query, key, value, enable_gqa)
-    q = _to_rows(query, lead, _heads(query))
     k_heads = max(_heads(key), _heads(value))
+    q = _to_rows(query, lead, _heads(query) if enable_gqa else max(_heads(query), k_heads))
     out, _ = ops.attention(
         q,
         _to_rows(key, lead, k_heads),
@@ -79,8 +81,9 @@ def _leading(
 ) -> tuple[int, ...]:
     """The broadcast batch dimensions, with the heads checked."""
     h, hk, hv = _heads(query), _heads(key), _heads(value)
-    if not enable_gqa and h not in (hk, 1) and hk != 1:
-        raise ValueError(f"{_CALLER}: key has {hk} heads; without enable_gqa it must have query's {h}")
+    for name, n in (("key", hk), ("value", hv)):
+        if not enable_gqa and h != n and 1 not in (h, n):
+            raise ValueError(f"{_CALLER}: {name} has {n} heads; without enable_gqa it must have query's {h}")
     if hk != hv and 1 not in (hk, hv):
         raise ValueError(f"{_CALLER}: value has {hv} heads; it must have key's {hk}")
     try:

@@ -125,7 +125,8 @@ def _paged(keys, page_size, kv_heads, d, dv, dtype, g, share_pages):  # type: ig
         for j in range(per[i]):
             rows = slice(j * page_size, (j + 1) * page_size)
             full = (j + 1) * page_size <= len(ki)
-            if share_pages and i > 0 and full and j < per[0] and (j + 1) * page_size <= len(keys[0][0]):
+            first = keys[0][0][rows]
+            if share_pages and i > 0 and full and len(first) == page_size and not first.isnan().any():
                 table[i, j] = table[0, j]
                 continue
             page = free.pop()

@@ -8,21 +8,24 @@ from headfold.planner.device import Device
 from headfold.planner.plan import Plan
 from headfold.problem import Problem
 
-# Folded rows up to which folding beats queries as they are, whatever the mask.
+# Folding wins up to these: it fills the kernel's 32-row blocks and reads K and V once for the group. s4096, CPU
+# ms of one thread, as queries / folded: bf16 16:1 heads x 32 queries 12.7 / 6.0, 4:1 x 16 11.1 / 8.0, 4:1 x 64
+# 14.4 / 15.7 (level); fp32 16:1 x 16 14.3 / 9.5, 4:1 x 64 58 / 47. SDPA on 64 or more queries is level.
 DECODE_ROWS = 256
-# Queries below which the kernel's 32-row blocks are mostly padding unless the group is folded into them.
-DECODE_QUERIES = 32
-# Keys of one split.
+DECODE_QUERIES = 64
+# Keys of one split. bf16 32:8 b1 s8192: 512 to 8192 keys are level (1.9 to 2.05 ms); smaller splits have more
+# states to merge, larger ones leave fewer to share out over the threads.
 SPLIT_KEYS = 1024
-# Keys of one split per folded row.
+# Keys of one split per folded row: states of R rows, at float32, then stay below 5 % of the K and V read.
 SPLIT_KEYS_PER_ROW = 32
-# Rows from which PyTorch's bf16 kernel first copies the K and V it is given into its own order (AMX).
+# Rows from which PyTorch's bf16 kernel copies the K and V of a call into AMX order: a call over 33.6 MB of them
+# held 0.3 MB at 32 rows and 34.2 MB at 64; fp16 and fp32 never did.
 PACKED_ROWS = 64
-# Share of the KV bytes that copies made by one call may take, as a divisor.
+# What one call copies may be this fraction of K and V. Pages are gathered and then packed: twice 1/32.
 COPY_SHARE = 32
 # Keys of one split of a paged prefill, at least: each split reads and writes the output once more.
 PREFILL_SPLIT_KEYS = 2048
-# Queries of one additive mask in a prefill, and elements of one in a decode.
+# Queries of one additive mask in a prefill (the kernel's own largest block), and elements of one in a decode.
 MASK_ROWS = 256
 MASK_SIZE = 2**20
 

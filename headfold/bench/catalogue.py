@@ -1,0 +1,229 @@
+"""The catalogue: which cases there are for each kind of machine, as data.
+
+Shapes are those of real models; sizes suit the device. Every GPU size is one that other libraries are usually
+measured at, so that figures can be laid side by side.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from headfold.bench.cases import Case
+
+SUITES = ("decode", "prefill", "all", "quick")
+
+
+class Heads(NamedTuple):
+    """The attention shape of a model."""
+
+    model: str
+    heads: int
+    kv_heads: int
+    d: int
+
+
+LLAMA_8B = Heads("llama3-8b", 32, 8, 128)
+LLAMA_70B = Heads("llama3-70b", 64, 8, 128)
+GLM = Heads("glm4.7", 96, 8, 128)
+QWEN_30B = Heads("qwen3-30b-a3b", 32, 4, 128)
+QWEN_MOE = Heads("qwen3.5-moe", 16, 2, 256)
+GPT_OSS = Heads("gpt-oss", 64, 8, 64)
+QWEN_14B = Heads("qwen3-14b", 40, 8, 128)  # a group of 5
+QWEN_7B = Heads("qwen2.5-7b", 28, 4, 128)  # a group of 7
+MQA = Heads("mqa32", 32, 1, 128)
+MHA = Heads("mha32", 32, 32, 128)
+
+# exp(uniform(log 128, log 32768)) of torch.Generator().manual_seed(0), written out so that no version of
+# PyTorch can change the case.
+RAGGED_64 = (
+    27754,
+    6483,
+    1634,
+    21115,
+    4577,
+    10291,
+    344,
+    896,
+    3215,
+    632,
+    1576,
+    341,
+    917,
+    4026,
+    1851,
+    1474,
+    1224,
+    399,
+    5114,
+    9939,
+    410,
+    5457,
+    235,
+    2336,
+    448,
+    2828,
+    3327,
+    5616,
+    7984,
+    452,
+    11418,
+    4224,
+    379,
+    298,
+    1848,
+    20738,
+    3053,
+    1841,
+    10575,
+    984,
+    579,
+    161,
+    8132,
+    851,
+    2531,
+    1699,
+    15370,
+    160,
+    32273,
+    16813,
+    8804,
+    529,
+    366,
+    30618,
+    9653,
+    952,
+    2950,
+    7801,
+    131,
+    3255,
+    3014,
+    167,
+    316,
+    32529,
+)
+# The same spread for a CPU: a quarter of the sequences, each a quarter as long.
+RAGGED_16 = tuple(n // 4 for n in RAGGED_64[:16])
+
+
+def _suffix(dtype: str) -> str:
+    return "" if dtype == "bf16" else f"-{dtype}"
+
+
+def _decode(m: Heads, batch: int, sk: int, dtype: str = "bf16") -> Case:
+    name = f"{m.model}-decode-b{batch}-s{sk}{_suffix(dtype)}"
+    return Case(name, "decode", m.heads, m.kv_heads, m.d, m.d, batch, 1, sk, dtype=dtype)
+
+
+def _paged(m: Heads, batch: int, sk: int, page_size: int) -> Case:
+    name = f"{m.model}-paged{page_size}-b{batch}-s{sk}"
+    return Case(name, "paged decode", m.heads, m.kv_heads, m.d, m.d, batch, 1, sk, page_size=page_size)
+
+
+def _ragged(m: Heads, lengths: tuple[int, ...], page_size: int = 0) -> Case:
+    batch, sk = len(lengths), max(lengths)
+    name = f"{m.model}-ragged-b{batch}" + (f"-paged{page_size}" if page_size else "")
+    return Case(name, "ragged decode", m.heads, m.kv_heads, m.d, m.d, batch, 1, sk, lengths, page_size)
+
+
+def _speculative(m: Heads, batch: int, sq: int, sk: int) -> Case:
+    name = f"{m.model}-speculative{sq}-b{batch}-s{sk}"
+    return Case(name, "speculative", m.heads, m.kv_heads, m.d, m.d, batch, sq, sk, causal=True)
+
+
+def _prefill(m: Heads, batch: int, sq: int, causal: bool, sk: int | None = None) -> Case:
+    length = f"s{sq}" if sk is None else f"q{sq}-s{sk}"
+    name = f"{m.model}-prefill-b{batch}-{length}-{'causal' if causal else 'full'}"
+    return Case(name, "prefill", m.heads, m.kv_heads, m.d, m.d, batch, sq, sk or sq, causal=causal)
+
+
+def _cuda() -> tuple[Case, ...]:
+    decode = [
+        _decode(LLAMA_8B, 16, 8192),
+        _decode(LLAMA_8B, 1, 8192),
+        _decode(LLAMA_8B, 1, 131072),
+        _decode(LLAMA_8B, 64, 8192),
+        _decode(LLAMA_8B, 128, 2048),
+        _decode(LLAMA_70B, 16, 8192),
+        _decode(GLM, 4, 65536),
+        _decode(QWEN_30B, 16, 32768),
+        _decode(QWEN_MOE, 1, 16384),
+        _decode(QWEN_MOE, 16, 16384),
+        _decode(GPT_OSS, 16, 8192),
+        _decode(MQA, 16, 16384),
+        _decode(MHA, 4, 65536),
+        _decode(QWEN_14B, 16, 16384),
+        _decode(QWEN_7B, 16, 16384),
+    ]
+    paged = [_paged(LLAMA_8B, 16, 8192, 16)]
+    paged += [_paged(m, 4, 65536, size) for m in (GLM, MHA) for size in (1, 16, 64)]
+    ragged = [_ragged(LLAMA_8B, RAGGED_64, size) for size in (0, 16, 64)]
+    speculative = [_speculative(LLAMA_8B, 16, 4, 8192)]
+    prefill = [
+        _prefill(Heads(f"d{d}-h{2048 // d}", 2048 // d, 2048 // d, d), batch, sq, causal)
+        for d in (64, 96, 128, 256)
+        for causal in (False, True)
+        for batch, sq in ((16, 1024), (4, 4096), (1, 16384))
+    ]
+    prefill += [
+        _prefill(LLAMA_8B, 2, 8192, True),
+        _prefill(LLAMA_8B, 4, 8192, True),
+        _prefill(LLAMA_8B, 4, 512, True, 16384),
+    ]
+    return tuple(decode + paged + ragged + speculative + prefill)
+
+
+def _cpu() -> tuple[Case, ...]:
+    decode = [
+        _decode(LLAMA_8B, 1, 8192),
+        _decode(LLAMA_8B, 8, 4096),
+        _decode(LLAMA_8B, 1, 8192, "fp32"),
+        _decode(LLAMA_70B, 1, 8192),
+        _decode(GLM, 1, 16384),
+        _decode(QWEN_30B, 1, 16384),
+        _decode(QWEN_MOE, 1, 16384),
+        _decode(GPT_OSS, 1, 16384),
+        _decode(QWEN_14B, 1, 8192),
+        _decode(QWEN_7B, 1, 16384),
+        _decode(MQA, 4, 16384),
+        _decode(MHA, 1, 4096),
+    ]
+    paged = [_paged(LLAMA_8B, 1, 8192, size) for size in (1, 16, 64)]
+    ragged = [_ragged(LLAMA_8B, RAGGED_16, size) for size in (0, 16)]
+    speculative = [_speculative(LLAMA_8B, 1, 4, 8192)]
+    prefill = [_prefill(LLAMA_8B, 1, sq, causal) for sq in (1024, 2048) for causal in (True, False)]
+    return tuple(decode + paged + ragged + speculative + prefill)
+
+
+_QUICK = {
+    "cuda": (
+        "llama3-8b-decode-b16-s8192",
+        "glm4.7-decode-b4-s65536",
+        "llama3-8b-paged16-b16-s8192",
+        "llama3-8b-ragged-b64",
+        "d128-h16-prefill-b4-s4096-causal",
+    ),
+    "cpu": (
+        "llama3-8b-decode-b1-s8192",
+        "glm4.7-decode-b1-s16384",
+        "llama3-8b-paged16-b1-s8192",
+        "llama3-8b-prefill-b1-s1024-causal",
+    ),
+}
+
+
+def catalogue(device_type: str, suite: str = "all") -> tuple[Case, ...]:
+    """The cases for "cuda" or "cpu", all of them or those of a suite.
+
+    Raises:
+        ValueError: no such suite or device.
+    """
+    if device_type not in _QUICK:
+        raise ValueError(f"--device is {device_type!r}; it must be one of {', '.join(_QUICK)}")
+    if suite not in SUITES:
+        raise ValueError(f"--suite is {suite!r}; it must be one of {', '.join(SUITES)}")
+    cases = _cuda() if device_type == "cuda" else _cpu()
+    if suite == "all":
+        return cases
+    if suite == "quick":
+        return tuple(c for c in cases if c.name in _QUICK[device_type])
+    return tuple(c for c in cases if (c.kind == "prefill") == (suite == "prefill"))

@@ -1,0 +1,225 @@
+"""The commands of `headfold`: bench, plan and check. They import torch inside, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.text import Text
+
+from headfold.bench.report import console
+from headfold.bench.results import Result
+
+T = TypeVar("T")
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+app = typer.Typer(
+    name="headfold",
+    help="Attention for grouped-query models: measure it, ask how a shape will run, test this machine.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def stop(message: str) -> NoReturn:
+    """End with one line on stderr and the exit code of a wrong call."""
+    console(stderr=True).print(f"[bold red]headfold:[/] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(EXIT_USAGE)
+
+
+def _version(value: bool) -> None:
+    if value:
+        import headfold
+
+        typer.echo(f"headfold {headfold.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Attention for grouped-query models: measure it, ask how a shape will run, test this machine."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Option(help="decode, prefill, all or quick.")] = "all",
+    case: Annotated[
+        list[str] | None, typer.Option(help="Only cases whose name matches this glob; may be repeated.")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also measure this peer; may be repeated or comma-separated: fa3, fa4, flashinfer, "
+            "sdpa-folded, torch-math, or the path of a .so with FlashAttention-3's operators."
+        ),
+    ] = None,
+    no_torch: Annotated[bool, typer.Option("--no-torch", help="Leave out PyTorch's own ways.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32, instead of each case's own.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Rounds of every case, instead of what suits the device.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here, after every case.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the result here, as .svg or .png.")] = None,
+    from_file: Annotated[
+        Path | None, typer.Option("--from", help="Show and draw this earlier result; measure nothing.")
+    ] = None,
+    list_cases: Annotated[
+        bool, typer.Option("--list", help="List the cases and the peers, and end.")
+    ] = False,
+) -> None:
+    """Measure headfold against this machine's limits, PyTorch and other libraries.
+
+    Every output is compared with a float64 reference before it is timed. Implementations of a case are
+    timed in turn, in one process. GB/s counts K and V once; TFLOP/s counts visible pairs only. Exits with 1
+    if headfold itself failed somewhere.
+    """
+    from headfold.bench import report
+
+    out = console()
+    if picture is not None:
+        _usage(lambda: _check_picture(picture))
+    if from_file is not None:
+        result = _usage(lambda: Result.load(from_file))
+        report.show(result, out)
+        _draw(result, picture, out)
+        return
+    from headfold.bench import session
+
+    names = tuple(name for text in against or () for name in text.split(",") if name)
+    options = session.Options(
+        device=device or session.default_device(),
+        suite=suite,
+        names=tuple(case or ()),
+        against=names,
+        with_torch=not no_torch,
+        dtype=dtype,
+        rounds=rounds,
+    )
+    cases = _usage(lambda: session.cases_of(options))
+    if list_cases:
+        report.show_cases(cases, session.peers_of(options), out)
+        return
+    with report.Progress(len(cases)) as progress:
+        result = _usage(lambda: session.run(options, cases, json_file, progress.say, progress.advance))
+    report.show(result, out)
+    _draw(result, picture, out)
+    if result.own_failures():
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _usage(run: Callable[[], T]) -> T:
+    """Run something that raises on a wrong option or file, and end in one line where it does."""
+    try:
+        return run()
+    except OSError as e:
+        stop(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+    except ValueError as e:
+        stop(str(e))
+
+
+def _check_picture(path: Path) -> None:
+    from headfold.bench.pictures import check_format
+
+    check_format(path)
+    if find_spec("matplotlib") is None:
+        raise ValueError("--picture needs matplotlib; install it with: pip install 'headfold[cli]'")
+
+
+def _draw(result: Result, path: Path | None, out: Console) -> None:
+    if path is None:
+        return
+    from headfold.bench.pictures import draw
+
+    _usage(lambda: draw(result, path))
+    out.print(f"picture: {escape(str(path))}")
+
+
+@app.command()
+def plan(
+    heads: Annotated[str | None, typer.Option(help="Query heads : KV heads, such as 96:8.")] = None,
+    dim: Annotated[int, typer.Option(help="Head dimension of queries and keys.")] = 128,
+    dim_v: Annotated[int | None, typer.Option(help="Head dimension of values, if another.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    keys: Annotated[int, typer.Option(help="Keys of the longest sequence.")] = 8192,
+    queries: Annotated[int, typer.Option(help="Queries of a sequence.")] = 1,
+    causal: Annotated[bool, typer.Option("--causal", help="Causal, aligned bottom-right.")] = False,
+    window: Annotated[str | None, typer.Option(help="LEFT,RIGHT; -1 is open.")] = None,
+    page_size: Annotated[int, typer.Option(help="Keys of a page; 0 is not paged.")] = 0,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    num_splits: Annotated[int, typer.Option(help="Splits to force; 0 lets the planner decide.")] = 0,
+    no_pack: Annotated[bool, typer.Option("--no-pack", help="Do not fold the heads of a group.")] = False,
+    case: Annotated[str | None, typer.Option(help="A case of the benchmark instead of a shape.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="The machine to plan for, such as h200; the GPU here, or else h200.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Explain how a shape will run, and why. Needs no GPU."""
+    from headfold.bench import shapes
+
+    target = _usage(lambda: shapes.device_from(device))
+    if case is not None:
+        problem = _usage(lambda: shapes.problem_of_case(case, target))
+    elif heads is not None:
+        shape = shapes.Shape(
+            heads, dim, batch, keys, queries, dim_v, causal, window, page_size, dtype, num_splits, not no_pack
+        )
+        problem = _usage(lambda: shapes.problem_from(shape, target))
+    else:
+        stop("--heads is missing; give a shape such as --heads 96:8 --keys 65536, or --case NAME")
+    answer = _usage(lambda: shapes.explain(problem, target))
+    if as_json:
+        typer.echo(json.dumps(answer.record(), indent=1))
+        return
+    headline, *lines = answer.text.splitlines()
+    body = Text("\n").join([Text(headline, style="bold"), *map(Text, lines)])
+    console().print(Panel(body, title=f"plan for {escape(target.name)}", title_align="left", expand=False))
+
+
+@app.command()
+def check() -> None:
+    """Test this machine: versions, the GPU, and a small run on every backend that can run here.
+
+    Exits with 1 if something that is needed here is missing or wrong.
+    """
+    from headfold.bench.selfcheck import findings
+
+    out = console()
+    marks = {
+        "ok": "[green]ok[/]",
+        "missing": "[yellow]missing[/]",
+        "failed": "[red]failed[/]",
+        "note": "[blue]note[/]",
+    }
+    bad = []
+    for f in findings():
+        mend = f"  ({f.mend})" if f.mend else ""
+        out.print(
+            f"{marks[f.state]}{' ' * (8 - len(f.state))}{f.what:24}{escape(f.found + mend)}", soft_wrap=True
+        )
+        if f.is_bad:
+            bad.append(f.what)
+    if bad:
+        out.print(f"[bold red]{len(bad)} problem{'s' if len(bad) > 1 else ''}:[/] {escape(', '.join(bad))}")
+        raise typer.Exit(EXIT_FAILED)
+    out.print("[bold green]Everything that is needed here works.[/]")

@@ -1,0 +1,127 @@
+"""The tensors of a case: random normal inputs, with enough copies of K and V that no cache can hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from headfold.bench.cases import Case
+from headfold.bench.machine import free_memory, last_level_cache
+from headfold.problem import Inputs
+
+# All copies of K and V together are this many times the last-level cache. Server CPUs report caches that they
+# share with other tenants, so a CPU stops at the second figure.
+CACHE_MULTIPLE = 4
+CPU_COPIES_BYTES = 1 << 30
+
+
+@dataclass(slots=True)
+class CaseInputs:
+    """The inputs of one case. Entry i of `k` and `v` is copy i, elsewhere in memory.
+
+    q is (b, sq, h, d). K and V are (b, sk, hk, .), or (total_k, hk, .) where ragged, or
+    (pages, page_size, hk, .) with `page_table`. Index tensors are None where the layout needs none.
+    """
+
+    case: Case
+    q: torch.Tensor
+    k: list[torch.Tensor]
+    v: list[torch.Tensor]
+    lengths: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.q.device
+
+    @property
+    def copies(self) -> int:
+        """How many copies of K and V there are."""
+        return len(self.k)
+
+    @property
+    def q_rows(self) -> torch.Tensor:
+        """q as (b * sq, h, d)."""
+        return self.q.flatten(0, 1)
+
+    def arguments(self) -> Inputs:
+        """The first copy as the reference takes it."""
+        ragged = self.cu_seqlens_k is not None
+        return Inputs(
+            self.q_rows if ragged else self.q,
+            self.k[0],
+            self.v[0],
+            cu_seqlens_q=self.cu_seqlens_q,
+            cu_seqlens_k=self.cu_seqlens_k,
+            seqused_k=self.lengths if self.page_table is not None else None,
+            page_table=self.page_table,
+            window_right=0 if self.case.causal else -1,
+        )
+
+
+def copies_needed(case: Case, device: torch.device) -> int:
+    """Copies of K and V so that a decode finds none in the cache. Prefill reuses K and V anyway: one."""
+    if not case.is_memory_bound:
+        return 1
+    target = CACHE_MULTIPLE * last_level_cache(device)
+    if device.type == "cpu":
+        target = min(target, CPU_COPIES_BYTES)
+    return 1 if case.kv_bytes > target else -(-target // case.kv_bytes)
+
+
+def bytes_needed(case: Case, device: torch.device) -> int:
+    """Memory for the inputs and one output."""
+    q_and_out = case.batch * case.sq * case.heads * (case.d + case.dv) * case.torch_dtype.itemsize
+    return copies_needed(case, device) * case.kv_bytes + q_and_out
+
+
+def memory_shortage(case: Case, device: torch.device) -> str | None:
+    """Why the case does not fit into the device's free memory, or None if it does."""
+    need, free = bytes_needed(case, device), free_memory(device)
+    if need <= 0.8 * free:
+        return None
+    return f"it needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+
+
+def make_inputs(case: Case, device: torch.device, copies: int | None = None, seed: int = 0) -> CaseInputs:
+    """Draw the inputs of a case, with as many copies of K and V as the cache demands unless `copies` says."""
+    gen = torch.Generator(device).manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=gen, device=device, dtype=case.torch_dtype)
+
+    lengths = torch.tensor(case.all_lengths, dtype=torch.int32)
+    rows: tuple[int, ...] = (case.batch, case.sk)
+    cu_q = cu_k = table = None
+    if case.is_paged:
+        table = _shuffled_table(case)
+        rows = (sum(_pages(case)), case.page_size)
+    elif case.is_ragged:
+        rows = (int(lengths.sum()),)
+        cu_k = torch.zeros(case.batch + 1, dtype=torch.int32)
+        cu_k[1:] = lengths.cumsum(0)
+        cu_q = torch.arange(case.batch + 1, dtype=torch.int32) * case.sq
+    q = randn(case.batch, case.sq, case.heads, case.d)
+    k, v = [randn(*rows, case.kv_heads, case.d)], [randn(*rows, case.kv_heads, case.dv)]
+    for _ in range((copies or copies_needed(case, device)) - 1):
+        k.append(k[0].clone())
+        v.append(v[0].clone())
+    index = (None if t is None else t.to(device) for t in (cu_q, cu_k, table))
+    return CaseInputs(case, q, k, v, lengths.to(device), *index)
+
+
+def _pages(case: Case) -> list[int]:
+    return [-(-n // case.page_size) for n in case.all_lengths]
+
+
+def _shuffled_table(case: Case) -> torch.Tensor:
+    pages = _pages(case)
+    order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    table = torch.zeros(case.batch, max(pages), dtype=torch.int32)
+    for i, part in enumerate(order.split(pages)):
+        table[i, : len(part)] = part
+    return table

@@ -1,0 +1,158 @@
+"""Results: what a run of the benchmark found, and its JSON form, checked when it is read back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from headfold.bench.names import OWN, TORCH_PREFIX
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One implementation on one case. Figures are None where it failed; `note` then says why.
+
+    `gbps` counts K and V read once, `tflops` the visible pairs. `ceiling_fraction` is the read time of the
+    same bytes over the median, or for prefill TFLOP/s over a large matrix product's.
+    """
+
+    case: str
+    kind: str
+    implementation: str
+    median_us: float | None = None
+    p10_us: float | None = None
+    p90_us: float | None = None
+    gbps: float | None = None
+    tflops: float | None = None
+    ceiling_fraction: float | None = None
+    max_error: float | None = None
+    note: str | None = None
+
+
+SKIPPED = "skipped: "
+"""How the note of a row begins that was left out for lack of memory: no failure of the implementation."""
+
+
+def is_skipped(row: Row) -> bool:
+    """True for a row that was left out for lack of memory."""
+    return row.note is not None and row.note.startswith(SKIPPED)
+
+
+@dataclass(slots=True)
+class Result:
+    """A run: what ran where, from which commit and versions, under which ceilings, and the rows.
+
+    `options` are the options that change what a case measures, by their names on the command line.
+    """
+
+    device: str
+    device_facts: dict[str, Any]
+    versions: dict[str, str | None]
+    commit: str | None
+    command: str
+    date: str
+    ceilings: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    cases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    schema: int = SCHEMA
+
+    def of_case(self, case: str) -> list[Row]:
+        """The rows of a case."""
+        return [r for r in self.rows if r.case == case]
+
+    def own(self, case: str) -> Row | None:
+        """headfold's row of a case, if it has a time."""
+        return next((r for r in self.of_case(case) if r.implementation == OWN and r.median_us), None)
+
+    def own_failures(self) -> list[Row]:
+        """headfold's rows without a time, but for cases that memory could not hold."""
+        return [r for r in self.rows if r.implementation == OWN and r.median_us is None and not is_skipped(r)]
+
+    def torch_best(self, case: str) -> Row | None:
+        """The fastest of PyTorch's own ways for a case, if any has a time."""
+        timed = [r for r in self.of_case(case) if r.implementation.startswith(TORCH_PREFIX) and r.median_us]
+        return min(timed, key=lambda r: r.median_us or 0.0, default=None)
+
+    def speedup(self, row: Row) -> float | None:
+        """PyTorch's best time over the row's, or None where one of them is missing."""
+        best = self.torch_best(row.case)
+        if best is None or not row.median_us or not best.median_us:
+            return None
+        return best.median_us / row.median_us
+
+    def save(self, path: Path) -> None:
+        """Write the JSON form. A reader never sees half a file."""
+        text = json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(text)
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Result:
+        """Read and check a file that `save` wrote.
+
+        Raises:
+            ValueError: not JSON, a missing or unknown field, or one of the wrong kind; the message names it.
+            OSError: the file cannot be read.
+        """
+        try:
+            data = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise ValueError(
+                f"{path} is not JSON ({e}); it must be a file that `headfold bench --json` wrote"
+            ) from e
+        return cls._checked(data, str(path))
+
+    @classmethod
+    def _checked(cls, data: object, where: str) -> Result:
+        kinds: dict[str, tuple[type, ...]] = {
+            "device": (str,),
+            "device_facts": (dict,),
+            "versions": (dict,),
+            "commit": (str, type(None)),
+            "command": (str,),
+            "date": (str,),
+            "ceilings": (dict,),
+            "options": (dict,),
+            "cases": (dict,),
+            "rows": (list,),
+            "schema": (int,),
+        }
+        top = _check_fields(data, kinds, where)
+        if top["schema"] != SCHEMA:
+            raise ValueError(f"{where}: schema is {top['schema']}; this version reads {SCHEMA}")
+        number = (float, int, type(None))
+        row_kinds: dict[str, tuple[type, ...]] = {f.name: number for f in fields(Row)}
+        row_kinds.update(case=(str,), kind=(str,), implementation=(str,), note=(str, type(None)))
+        rows = [Row(**_check_fields(r, row_kinds, f"{where}: rows[{i}]")) for i, r in enumerate(top["rows"])]
+        for i, row in enumerate(rows):
+            if row.case not in top["cases"]:
+                raise ValueError(f"{where}: rows[{i}].case is {row.case!r}, which `cases` does not describe")
+        return cls(**{**top, "rows": rows})
+
+
+def _check_fields(data: object, kinds: dict[str, tuple[type, ...]], where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is a {type(data).__name__}; it must be an object")
+    _check_names(data.keys(), kinds.keys(), where)
+    for name, allowed in kinds.items():
+        if not isinstance(data[name], allowed) or isinstance(data[name], bool):
+            need = " or ".join("null" if k is type(None) else k.__name__ for k in allowed)
+            raise ValueError(f"{where}: {name} is {data[name]!r}; it must be {need}")
+    return data
+
+
+def _check_names(got: Iterable[str], want: Iterable[str], where: str) -> None:
+    missing, unknown = sorted(set(want) - set(got)), sorted(set(got) - set(want))
+    if missing:
+        raise ValueError(f"{where}: {missing[0]} is missing")
+    if unknown:
+        raise ValueError(f"{where}: {unknown[0]} is unknown")

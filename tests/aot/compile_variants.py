@@ -1,0 +1,151 @@
+"""Compile the kernels of an architecture without a GPU, exactly as the library would launch them.
+
+    python -m tests.aot.compile_variants 90 [name ...] > report.json
+
+Every variant calls `headfold.backends.run`. Triton's JIT sees a driver that knows its target and nothing else, and
+a launch becomes a compilation: arguments, constants, what the JIT specialises on, warps and stages are the
+launcher's own. A process of its own, because TRITON_INTERPRET=1, which the test session sets, compiles nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headfold import backends
+from headfold.planner import DEVICES
+from tests.aot.variants import DEVICE_OF, DTYPES, Variant, variants
+
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "STL", "LDL")
+
+
+class TargetOnly:
+    """As much of a Triton driver as a compilation asks for."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
+    """(kernel name, compiled kernel, plan) of what one call launches."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(TargetOnly(arch))
+    launches: list[tuple[str, Any]] = []
+
+    def compile_only(kernel: Any, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            name = kernel.fn.__name__
+            if (name == "fixup_kernel") == (variant.form == "fixup"):  # each has variants of its own
+                launches.append((name, kernel.run(*args, grid=grid, warmup=True, **kwargs)))
+
+        return launch
+
+    before = JITFunction.__getitem__
+    JITFunction.__getitem__ = compile_only
+    try:
+        with backends.force(DEVICES[DEVICE_OF[arch]]):
+            x = variant.inputs()
+            _, plan = backends.plan_of(x)
+            out = variant._tensor(x.out_shape[:-2], x.out_shape[-2], x.out_shape[-1], x.q.dtype)
+            backends.run(x, out, torch.empty(x.lse_shape))
+    finally:
+        JITFunction.__getitem__ = before
+    return [(name, kernel, plan) for name, kernel in launches]
+
+
+def figures(kernel: Any, arch: int) -> dict[str, Any]:
+    """Registers, stack, shared memory, instruction counts and the assembler's warnings of a compiled kernel."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        dumped = _output(knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(cubin))
+        counts = {name.lower(): len(re.findall(rf"\b{name}\b", dumped)) for name in INSTRUCTIONS}
+        warnings: list[str] = []
+        if counts["hgmma"]:  # the warnings are about products left in flight
+            ptx = Path(folder) / "kernel.ptx"
+            ptx.write_text(kernel.asm["ptx"])
+            log = _output(_ptxas(arch), "-v", f"--gpu-name=sm_{arch}a", str(ptx), "-o", os.devnull)
+            warnings = sorted(set(re.findall(r"C75\d\d", log)))
+    return {
+        "registers": int(re.search(r"\bREG:(\d+)", dumped)[1]),  # type: ignore[index]
+        "stack": int(re.search(r"\bSTACK:(\d+)", dumped)[1]),  # type: ignore[index]
+        "smem": kernel.metadata.shared,
+        **counts,
+        "ldg128": len(re.findall(r"\bLDG\.[.A-Z0-9]*128\b", dumped)),
+        "ldgsts128": len(re.findall(r"\bLDGSTS[.A-Z0-9]*\.128\b", dumped)),
+        "warnings": warnings,
+    }
+
+
+def _ptxas(arch: int) -> str:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return get_ptxas(arch).path
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr}")
+    return done.stdout + done.stderr
+
+
+def report(task: tuple[Variant, int]) -> list[dict[str, Any]]:
+    """One record a launch of a variant; a record with "error" where the compiler gave up."""
+    variant, arch = task
+    base = {"name": variant.name, **dataclasses.asdict(variant), "itemsize": DTYPES[variant.dtype].itemsize}
+    start = time.perf_counter()
+    try:
+        launches = compile_launches(variant, arch)
+        return [
+            {
+                **base,
+                "kernel": name,
+                "plan": dataclasses.asdict(plan),
+                **figures(kernel, arch),
+                "seconds": round(time.perf_counter() - start, 2),
+            }
+            for name, kernel, plan in launches
+        ]
+    except Exception as e:
+        return [{**base, "error": f"{type(e).__name__}: {e}"[-2000:]}]
+
+
+def main() -> None:
+    """Compile on all cores and print one JSON list."""
+    arch, names = int(sys.argv[1]), sys.argv[2:]
+    tasks = [(v, arch) for v in variants(arch) if not names or v.name in names]
+    torch.set_num_threads(1)
+    with get_context("fork").Pool(os.cpu_count()) as pool:
+        records = [record for one in pool.imap_unordered(report, tasks) for record in one]
+    print(json.dumps(records, indent=1))
+
+
+if __name__ == "__main__":
+    main()

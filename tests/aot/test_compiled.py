@@ -1,0 +1,126 @@
+"""What the compiler makes of every kernel variant, without a GPU: it compiles, fits, keeps its registers and
+its pipeline. A kernel that loses one of these still gives right results, only slowly: nothing else would tell.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from headfold.planner import DEVICES
+from headfold.planner.tiles import padded
+from tests.aot.variants import ARCHS, DEVICE_OF, variants
+
+Record = dict[str, Any]
+by_arch = pytest.mark.parametrize("arch", ARCHS, ids=lambda a: f"sm_{a}")
+
+
+@pytest.fixture
+def report(arch: int, report_of: Callable[[int], list[Record]]) -> list[Record]:
+    """The compiled variants of the architecture under test."""
+    return [r for r in report_of(arch) if "error" not in r]
+
+
+def offenders(records: Iterable[Record], is_bad: Callable[[Record], bool], *figures: str) -> dict[str, Any]:
+    """name -> figures of the records that are bad; a test asserts that there are none, and so shows all."""
+    return {r["name"]: {f: r[f] for f in figures} for r in records if is_bad(r)}
+
+
+def copies_of_a_block(r: Record) -> int:
+    """16-byte copies a thread issues for one block of K and V."""
+    size = r["plan"]["block_n"] * (padded(r["d"]) + padded(r["dv"])) * r["itemsize"]
+    return size // (16 * 32 * r["plan"]["num_warps"])
+
+
+@by_arch
+def test_every_variant_compiles(arch: int, report_of: Callable[[int], list[Record]]) -> None:
+    """The launcher's own call reaches a cubin: no parameter is left out, no instruction is missing."""
+    records = report_of(arch)
+    assert {r["name"]: r["error"] for r in records if "error" in r} == {}
+    assert sorted(r["name"] for r in records) == sorted(v.name for v in variants(arch))
+
+
+@by_arch
+def test_a_variant_runs_the_kernel_it_is_there_for(arch: int, report: list[Record]) -> None:
+    """Were the planner to send every variant to one kernel, the other tests would look at nothing."""
+    kernel = {
+        "decode1": "decode_kernel",
+        "decode64": "decode_kernel",
+        "prefill": "prefill_kernel",
+        "fixup": "fixup_kernel",
+    }
+    assert offenders(report, lambda r: r["kernel"] != kernel[r["form"]], "kernel") == {}
+    searching = {r["form"] for r in report if r["plan"]["search_tiles"]}
+    assert searching >= {"decode64", "prefill"}
+
+
+@by_arch
+def test_shared_memory_fits_the_device_and_the_plan(arch: int, report: list[Record]) -> None:
+    """The planner chooses tiles by its estimate: were it below what is allocated, a launch would fail."""
+    device = DEVICES[DEVICE_OF[arch]]
+    main = [r for r in report if r["form"] != "fixup"]
+    assert offenders(report, lambda r: r["smem"] > device.smem, "smem") == {}
+    assert offenders(main, lambda r: r["smem"] > r["plan"]["shared_memory"], "smem", "plan") == {}
+
+
+@by_arch
+def test_nothing_spills_up_to_head_dimension_128(arch: int, report: list[Record]) -> None:
+    """Spilled registers cost what the tile was chosen to win; a tile table that spills is wrong."""
+    small = [r for r in report if max(r["d"], r["dv"]) <= 128]
+    spills = offenders(
+        small, lambda r: r["stack"] + r["stl"] + r["ldl"] > 0, "registers", "stack", "stl", "ldl"
+    )
+    assert spills == {}
+
+
+@by_arch
+def test_half_precision_products_run_on_tensor_cores(arch: int, report: list[Record]) -> None:
+    """On Hopper tiles of 64 rows and more as wgmma, half the rate is lost otherwise."""
+    half = [r for r in report if r["itemsize"] == 2 and r["form"] != "fixup"]
+    assert offenders(half, lambda r: r["hmma"] + r["hgmma"] + r["utchmma"] == 0) == {}
+    if arch == 90:
+        assert offenders(half, lambda r: r["plan"]["block_m"] >= 64 and r["hgmma"] == 0, "hmma") == {}
+
+
+@by_arch
+def test_planned_tma_is_compiled_to_tma(arch: int, report: list[Record]) -> None:
+    """A descriptor that the compiler lowers to plain loads gives the same results, later."""
+    main = [r for r in report if r["form"] != "fixup"]
+    assert offenders(main, lambda r: r["plan"]["use_tma"] != (r["utmaldg"] > 0), "utmaldg") == {}
+    assert any(r["plan"]["use_tma"] for r in main) == (arch >= 90)
+
+
+@by_arch
+def test_decode_keeps_its_pipeline_of_16_byte_copies(arch: int, report: list[Record]) -> None:
+    """Decode lives by bytes in flight: K and V in 16-byte asynchronous copies, the next block under way.
+
+    A lost pipeline halves the count (35 instead of about 100 for d128, 1.8 times the time on an H200), as does an
+    alignment the compiler no longer sees; neither is an error. Two blocks: the one that fills the pipeline and
+    the one in the loop.
+    """
+    piped = [
+        r for r in report if r["form"].startswith("decode") and r["aligned"] and r["plan"]["num_stages"] >= 3
+    ]
+    assert len(piped) >= 8
+    lost = offenders(piped, lambda r: r["ldgsts128"] < 2 * copies_of_a_block(r), "ldgsts128", "ldgsts", "plan")
+    assert lost == {}
+
+
+@by_arch
+def test_unaligned_rows_are_never_read_16_bytes_at_a_time(arch: int, report: list[Record]) -> None:
+    """Alignment is what the caller's tensors have, not what the kernel hopes: a 16-byte copy would fault."""
+    odd = [r for r in report if not r["aligned"]]
+    assert odd
+    wide = ("ldg128", "ldgsts128", "utmaldg")
+    assert offenders(odd, lambda r: any(r[f] for f in wide), *wide) == {}
+
+
+@by_arch
+def test_the_assembler_warns_of_no_serialised_products(arch: int, report: list[Record]) -> None:
+    """C7510 to C7514 say that wgmma runs one at a time: a third of the speed, and no error."""
+    assert offenders(report, lambda r: bool(r["warnings"]), "warnings") == {}

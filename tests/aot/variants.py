@@ -1,0 +1,137 @@
+"""Which calls to compile ahead of time: one Variant is one call of the library, as a user would make it.
+
+The planner and the launcher turn a call into a kernel, its constants, warps and stages; nothing of that is
+repeated here. Tensors are never read, so K and V are one row expanded to whatever length the plan should see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from headfold.problem import Inputs
+
+# Architectures in the order of their figures, and the device of the planner's table that stands for each.
+DEVICE_OF = {80: "a100", 90: "h200", 100: "b200", 120: "rtx5090"}
+ARCHS = tuple(DEVICE_OF)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Powers of two, cut in two (80, 96), unequal (192/128), and masked columns on both sides (40/72).
+ALL_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (40, 72))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One call: `form` is what it does, `layout` where K and V lie, `aligned` whether rows start on 16 bytes."""
+
+    form: str  # "decode1": one query; "decode64": 64 folded rows; "prefill"; "fixup": the merge after a split
+    layout: str  # "dense", "ragged", "paged"
+    dtype: str
+    d: int
+    dv: int
+    aligned: bool = True
+
+    @property
+    def name(self) -> str:
+        """Readable and unique: what a failing test prints."""
+        dims = f"d{self.d}" if self.d == self.dv else f"d{self.d}/{self.dv}"
+        return f"{self.form}-{self.layout}-{self.dtype}-{dims}" + ("" if self.aligned else "-unaligned")
+
+    def inputs(self) -> Inputs:
+        """The arguments of the call."""
+        heads, kv_heads = (8, 1) if self.form == "decode64" else (16, 4)
+        queries = {"decode1": 1, "decode64": 8, "prefill": 1024, "fixup": 1}[self.form]
+        keys, batch = 8192, 4
+        dtype = DTYPES[self.dtype]
+        x: dict[str, object] = {}
+        if self.layout == "ragged":
+            # The first sequence is long and the others short, so that a tile must search for its sequence.
+            total = queries + (batch - 1) * max(1, queries // 4)
+            if self.form == "decode64":
+                queries, total = 40, 46
+            x["cu_seqlens_q"], x["max_seqlen_q"] = _index(batch + 1), queries
+            x["seqused_q"] = _index(batch) if self.form == "fixup" else None
+            x["q"] = self._tensor((total,), heads, self.d, dtype)
+            x["cu_seqlens_k"], x["max_seqlen_k"] = _index(batch + 1), keys
+            shape: tuple[int, ...] = (2 * keys,)
+        else:
+            x["q"] = self._tensor((batch, queries), heads, self.d, dtype)
+            shape = (batch, keys)
+            if self.layout == "paged":
+                shape = (batch * keys // 16, 16)
+                x["page_table"], x["seqused_k"] = _index(batch, keys // 16), _index(batch)
+        x["k"] = self._tensor(shape, kv_heads, self.d, dtype)
+        x["v"] = self._tensor(shape, kv_heads, self.dv, dtype)
+        return Inputs(**x, num_splits=4 if self.form == "fixup" else 0)  # type: ignore[arg-type]
+
+    def _tensor(self, rows: tuple[int, ...], heads: int, d: int, dtype: torch.dtype) -> torch.Tensor:
+        """(*rows, heads, d) without the memory; unaligned: rows of odd length from an odd address on."""
+        extra = 0 if self.aligned else 1
+        row = torch.empty(heads * (d + extra) + extra, dtype=dtype)[extra:].view(heads, d + extra)[:, :d]
+        return row.expand(*rows, heads, d)
+
+
+def _index(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int32)
+
+
+def variants(arch: int) -> list[Variant]:
+    """What is compiled for an architecture: everything on Hopper, which was tuned; elsewhere a cross-section."""
+    return _hopper() if arch == 90 else _cross_section()
+
+
+def _hopper() -> list[Variant]:
+    layouts = ("dense", "ragged", "paged")
+    full = [
+        Variant(form, layout, "bf16", d, dv)
+        for d, dv in ALL_DIMS
+        for form in ("decode1", "decode64", "prefill")
+        for layout in layouts
+    ]
+    unaligned = [
+        Variant(form, "dense", "bf16", d, dv, aligned=False)
+        for d, dv in ALL_DIMS
+        for form in ("decode1", "prefill")
+    ]
+    single = [
+        Variant(form, layout, "fp32", d, dv)
+        for d, dv in ((64, 64), (96, 96), (128, 128), (256, 256))
+        for form, layout in (
+            ("decode1", "dense"),
+            ("decode1", "paged"),
+            ("decode64", "dense"),
+            ("prefill", "dense"),
+        )
+    ]
+    single += [
+        Variant("prefill", "ragged", "fp32", 128, 128),
+        Variant("decode1", "dense", "fp32", 128, 128, aligned=False),
+    ]
+    half = [Variant(form, "dense", "fp16", 128, 128) for form in ("decode1", "prefill")]
+    fixup = [Variant("fixup", layout, "bf16", 128, 128) for layout in layouts]
+    fixup += [Variant("fixup", "ragged", "fp32", 40, 72), Variant("fixup", "dense", "bf16", 256, 256)]
+    return full + unaligned + single + half + fixup
+
+
+def _cross_section() -> list[Variant]:
+    chosen = [
+        Variant(form, layout, "bf16", d, d)
+        for d in (64, 128)
+        for form in ("decode1", "prefill")
+        for layout in ("dense", "paged")
+    ]
+    chosen += [
+        Variant(form, "dense", "bf16", d, dv)
+        for d, dv in ((96, 96), (256, 256), (40, 72))
+        for form in ("decode1", "prefill")
+    ]
+    return chosen + [
+        Variant("decode64", "ragged", "bf16", 128, 128),
+        Variant("prefill", "ragged", "bf16", 128, 128),
+        Variant("decode1", "dense", "bf16", 128, 128, aligned=False),
+        Variant("decode1", "dense", "fp16", 128, 128),
+        Variant("decode1", "dense", "fp32", 128, 128),
+        Variant("prefill", "dense", "fp32", 128, 128),
+        Variant("fixup", "ragged", "bf16", 128, 128),
+    ]

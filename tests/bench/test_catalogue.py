@@ -1,0 +1,130 @@
+"""The catalogue holds what it promises, and its cases count their work right."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from headfold.bench.cases import Case, select
+from headfold.bench.catalogue import RAGGED_64, SUITES, catalogue
+
+DEVICES = ("cpu", "cuda")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_names_are_unique_and_shell_safe(device: str) -> None:
+    names = [c.name for c in catalogue(device)]
+    assert len(set(names)) == len(names)
+    assert all(set(n) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-") for n in names)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_name_means_one_shape_on_every_device(device: str) -> None:
+    here, there = ({c.name: c for c in catalogue(d)} for d in DEVICES)
+    assert all(here[name] == there[name] for name in here.keys() & there.keys())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_ratio_and_kind_is_there(device: str) -> None:
+    cases = catalogue(device)
+    decode = {(c.heads, c.kv_heads, c.d) for c in cases if c.kind == "decode"}
+    assert decode >= {
+        (96, 8, 128),
+        (32, 8, 128),
+        (64, 8, 128),
+        (32, 4, 128),
+        (16, 2, 256),
+        (64, 8, 64),
+        (32, 1, 128),
+        (32, 32, 128),
+        (40, 8, 128),
+        (28, 4, 128),
+    }
+    assert {c.kind for c in cases} == {"decode", "paged decode", "ragged decode", "speculative", "prefill"}
+    assert {c.page_size for c in cases if c.kind == "paged decode"} == {1, 16, 64}
+    assert {c.causal for c in cases if c.kind == "prefill"} == {True, False}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (32, 8, 128, 1, 8192, "bf16"),
+        (32, 8, 128, 8, 4096, "bf16"),
+        (96, 8, 128, 1, 16384, "bf16"),
+        (16, 2, 256, 1, 16384, "bf16"),
+        (32, 8, 128, 1, 8192, "fp32"),
+    ],
+)
+def test_cpu_sizes(shape: tuple[int, int, int, int, int, str]) -> None:
+    cases = [c for c in catalogue("cpu") if c.kind == "decode"]
+    assert shape in [(c.heads, c.kv_heads, c.d, c.batch, c.sk, c.dtype) for c in cases]
+
+
+def test_prefill_on_the_gpu_covers_dims_masks_and_lengths() -> None:
+    prefill = {(c.d, c.causal, c.sq) for c in catalogue("cuda") if c.kind == "prefill"}
+    assert {(d, m, s) for d in (64, 128, 256) for m in (True, False) for s in (1024, 4096, 16384)} <= prefill
+
+
+def test_ragged_lengths_are_the_log_uniform_draw_they_claim() -> None:
+    u = torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = torch.exp(u * (math.log(32768) - math.log(128)) + math.log(128)).long()
+    assert tuple(drawn.tolist()) == RAGGED_64
+    assert sum(RAGGED_64) == 367907
+
+
+def test_bytes_and_flops_of_known_cases() -> None:
+    cases = {c.name: c for c in catalogue("cuda")}
+    assert cases["glm4.7-decode-b4-s65536"].kv_bytes == 2 * 4 * 65536 * 8 * 128 * 2
+    ragged = cases["llama3-8b-ragged-b64-paged16"]
+    assert ragged.kv_bytes == 2 * 367907 * 8 * 128 * 2
+    assert ragged.flops == 4 * 128 * 32 * 367907
+    full = cases["d128-h16-prefill-b4-s4096-full"]
+    assert full.flops == 4 * 4 * 16 * 128 * 4096**2
+    causal = cases["d128-h16-prefill-b4-s4096-causal"]
+    assert causal.flops == 4 * 4 * 16 * 128 * 4096 * 4097 // 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("suite", SUITES)
+def test_suites_are_parts_of_the_whole(device: str, suite: str) -> None:
+    part = catalogue(device, suite)
+    assert part
+    assert set(part) <= set(catalogue(device))
+
+
+def test_select_takes_globs_in_catalogue_order() -> None:
+    cases = catalogue("cpu")
+    found = select(cases, ["llama3-8b-prefill-*", "glm*"])
+    assert [c.name for c in found] == [
+        c.name for c in cases if "prefill" in c.name or c.name.startswith("glm")
+    ]
+    with pytest.raises(ValueError, match="--case is 'nothing'"):
+        select(cases, ["glm*", "nothing"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 9}, "heads is 9; it must be a multiple of the 2 KV heads"),
+        ({"sk": 0}, "sk is 0; it must be at least 1"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"kind": "training"}, "kind is 'training'"),
+        ({"lengths": (4, 5)}, "lengths is"),
+        ({"sq": 65, "causal": True}, "sq is 65"),
+    ],
+)
+def test_a_case_that_makes_no_sense_is_refused(change: dict[str, object], message: str) -> None:
+    good = Case("x", "decode", 8, 2, 64, 64, 1, 1, 64)
+    with pytest.raises(ValueError, match="case 'x'") as e:
+        dataclasses.replace(good, **change)
+    assert message in str(e.value)
+
+
+def test_unknown_suites_and_devices_are_named() -> None:
+    with pytest.raises(ValueError, match="--suite is 'tiny'"):
+        catalogue("cpu", "tiny")
+    with pytest.raises(ValueError, match="--device is 'tpu'"):
+        catalogue("tpu")

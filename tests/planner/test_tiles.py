@@ -1,0 +1,155 @@
+"""Tiles: powers of two, within shared memory, for every head dimension and device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headfold.planner import DEVICES, Device
+from headfold.planner.tiles import (
+    Tile,
+    decode_tile,
+    next_power_of_two,
+    padded,
+    prefill_tile,
+    shared_memory,
+    split_dim,
+)
+from tests.planner.problems import DTYPES
+
+devices = pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+dims = st.integers(1, 256)
+
+
+def is_power_of_two(n: int) -> bool:
+    """1, 2, 4, ..."""
+    return n > 0 and n & (n - 1) == 0
+
+
+@pytest.mark.parametrize("d", range(1, 257))
+def test_split_covers_the_head_dimension_with_powers_of_two(d: int) -> None:
+    """Triton's tiles are powers of two, its products at least 16 wide; the second part must have columns to do."""
+    first, second = split_dim(d)
+    assert is_power_of_two(first)
+    assert first >= 16
+    assert first + second >= d
+    if second:
+        assert is_power_of_two(second)
+        assert first < d
+        assert second >= 32  # 16 spills at d = 80
+
+
+@pytest.mark.parametrize("d", range(1, 257))
+def test_split_never_pays_for_more_than_rounding_up(d: int) -> None:
+    """A second part is only worth its code when it saves columns."""
+    assert padded(d) <= max(16, next_power_of_two(d))
+    assert (padded(d) < next_power_of_two(d)) == (split_dim(d)[1] > 0)
+
+
+@pytest.mark.parametrize(
+    ("d", "parts"),
+    [
+        (8, (16, 0)),
+        (40, (64, 0)),
+        (64, (64, 0)),
+        (72, (64, 32)),
+        (80, (64, 32)),
+        (96, (64, 32)),
+        (100, (128, 0)),
+        (160, (128, 32)),
+        (192, (128, 64)),
+        (256, (256, 0)),
+    ],
+)
+def test_split_of_common_head_dimensions(d: int, parts: tuple[int, int]) -> None:
+    """The head dimensions of published models, spelled out."""
+    assert split_dim(d) == parts
+
+
+@given(st.integers(1, 2**20))
+def test_next_power_of_two(n: int) -> None:
+    """The smallest one that is large enough."""
+    p = next_power_of_two(n)
+    assert is_power_of_two(p)
+    assert p >= n > p // 2
+
+
+def check_tile(tile: Tile, d: int, dv: int, dtype: torch.dtype, device: Device) -> None:
+    """What any launchable tile fulfils."""
+    assert is_power_of_two(tile.rows)
+    assert is_power_of_two(tile.keys)
+    assert is_power_of_two(tile.warps)
+    assert min(tile.rows, tile.keys) >= 16  # the smallest product
+    assert tile.warps <= 16
+    assert tile.stages >= 1
+    assert shared_memory(tile, d, dv, dtype) <= device.smem, (tile, d, dv, dtype, device.name)
+
+
+@devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(dims, dims, st.integers(1, 3000), st.booleans())
+def test_decode_tiles_fit_shared_memory(
+    device: Device, dtype: torch.dtype, d: int, dv: int, rows: int, paged: bool
+) -> None:
+    """On every device of the table, at every pair of head dimensions."""
+    tile = decode_tile(rows, d, dv, dtype, paged, device)
+    check_tile(tile, d, dv, dtype, device)
+    assert not tile.tma
+    assert tile.stages == (5 if paged else 3)
+
+
+@devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(dims, dims, st.booleans())
+def test_prefill_tiles_fit_shared_memory(
+    device: Device, dtype: torch.dtype, d: int, dv: int, tma: bool
+) -> None:
+    """The last candidate is taken whether it fits or not: it must."""
+    tile = prefill_tile(d, dv, dtype, tma, device)
+    check_tile(tile, d, dv, dtype, device)
+    if tile.tma:
+        assert tma
+        assert device.arch >= (9, 0)
+        assert dtype != torch.float32
+
+
+@pytest.mark.parametrize("rows", range(1, 65))
+def test_a_decode_tile_holds_all_rows_of_a_sequence(rows: int) -> None:
+    """Up to 64 folded rows K and V are read once: a second tile would read them again. Half precision."""
+    tile = decode_tile(rows, 64, 64, torch.bfloat16, False, DEVICES["h200"])
+    assert tile.rows >= rows
+    assert tile.rows <= max(16, 2 * rows - 1)
+
+
+@pytest.mark.parametrize(("d", "keys"), [(64, 256), (128, 128), (256, 64)])
+def test_decode_block_on_an_h200_is_64_kilobytes(d: int, keys: int) -> None:
+    """The measured rule: 64 KB of K and V a block keep enough bytes in flight at every head dimension."""
+    tile = decode_tile(4, d, d, torch.bfloat16, False, DEVICES["h200"])
+    assert (tile.rows, tile.keys) == (16, keys)
+    assert tile.keys * 2 * d * 2 == 64 * 1024
+
+
+def test_less_shared_memory_means_smaller_blocks_not_failure() -> None:
+    """A device the table does not know may have less."""
+    small = replace(DEVICES["h200"], smem=64 * 1024)
+    big, tile = (decode_tile(4, 128, 128, torch.bfloat16, False, d) for d in (DEVICES["h200"], small))
+    assert tile.keys < big.keys
+    assert shared_memory(tile, 128, 128, torch.bfloat16) <= small.smem
+
+
+@given(dims, dims, st.sampled_from((16, 32, 64, 128)), st.sampled_from((16, 32, 64, 128)), st.integers(1, 5))
+def test_shared_memory_grows_with_all_that_is_held(d: int, dv: int, rows: int, keys: int, stages: int) -> None:
+    """More rows, keys, stages or wider elements never need less; what surely must be held is counted."""
+
+    def of(rows: int = rows, keys: int = keys, stages: int = stages, dtype: torch.dtype = torch.bfloat16) -> int:
+        return shared_memory(Tile(rows, keys, 4, stages), d, dv, dtype)
+
+    assert of(rows=2 * rows) > of()
+    assert of(keys=2 * keys) > of()
+    assert of(stages=stages + 1) >= of()
+    assert of(dtype=torch.float32) > of()
+    assert of() >= 2 * (rows * d + keys * (d + dv))
