@@ -23,7 +23,10 @@ from headfold import backends  # noqa: E402
 from headfold.planner import DEVICES, Device  # noqa: E402
 
 settings.register_profile(
-    "headfold", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    "headfold",
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("headfold")
 

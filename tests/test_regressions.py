@@ -66,7 +66,9 @@ def test_a_split_that_sees_nothing_does_not_spoil_the_merge(target: Target, spli
     assert (out[1] == 0).all()
 
 
-@pytest.mark.parametrize("layout", [("dense", "dense"), ("ragged", "ragged"), ("dense", "paged"), ("ragged", "paged")])
+@pytest.mark.parametrize(
+    "layout", [("dense", "dense"), ("ragged", "ragged"), ("dense", "paged"), ("ragged", "paged")]
+)
 @pytest.mark.parametrize("lengths", [([], []), ([0, 0], [5, 3]), ([2, 1], [0, 0]), ([0, 3], [4, 0])])
 def test_empty_batch_empty_q_and_empty_k(
     target: Target, layout: tuple[str, str], lengths: tuple[list[int], list[int]]
@@ -94,7 +96,9 @@ def test_causal_with_other_lengths_is_aligned_bottom_right(target: Target, sq: i
     x = make([sq], [sk], causal=True, heads=6, dtype=target.dtypes[-1], device=target.device)
     out, lse = attend(x)
     assert_accurate(x, out, lse)
-    top_left = make([sq], [sk], causal=True, bottom_right=False, heads=6, dtype=target.dtypes[-1], device=target.device)
+    top_left = make(
+        [sq], [sk], causal=True, bottom_right=False, heads=6, dtype=target.dtypes[-1], device=target.device
+    )
     assert_accurate(top_left, *attend(top_left))
 
 

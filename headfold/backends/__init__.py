@@ -46,10 +46,10 @@ def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
         out.zero_()
         lse.fill_(float("-inf"))
     elif plan.backend == "cpu":
-        from headfold.backends import cpu
+        from headfold.backends.cpu import run as run_on_cpu
 
-        cpu.run(plan, x, out, lse)
+        run_on_cpu(plan, x, out, lse)
     else:
-        from headfold.backends import triton
+        from headfold.backends.triton import run as run_on_gpu
 
-        triton.run(plan, x, out, lse)
+        run_on_gpu(plan, x, out, lse)

@@ -107,7 +107,9 @@ def test_decode_keeps_its_pipeline_of_16_byte_copies(arch: int, report: list[Rec
         r for r in report if r["form"].startswith("decode") and r["aligned"] and r["plan"]["num_stages"] >= 3
     ]
     assert len(piped) >= 8
-    lost = offenders(piped, lambda r: r["ldgsts128"] < 2 * copies_of_a_block(r), "ldgsts128", "ldgsts", "plan")
+    lost = offenders(
+        piped, lambda r: r["ldgsts128"] < 2 * copies_of_a_block(r), "ldgsts128", "ldgsts", "plan"
+    )
     assert lost == {}
 
 

@@ -63,7 +63,7 @@ class Variant:
                 x["page_table"], x["seqused_k"] = _index(batch, keys // 16), _index(batch)
         x["k"] = self._tensor(shape, kv_heads, self.d, dtype)
         x["v"] = self._tensor(shape, kv_heads, self.dv, dtype)
-        return Inputs(**x, num_splits=4 if self.form == "fixup" else 0)  # type: ignore[arg-type]
+        return Inputs(**x, num_splits={"fixup": 4, "prefill": 1}.get(self.form, 0))  # type: ignore[arg-type]
 
     def _tensor(self, rows: tuple[int, ...], heads: int, d: int, dtype: torch.dtype) -> torch.Tensor:
         """(*rows, heads, d) without the memory; unaligned: rows of odd length from an odd address on."""

@@ -32,7 +32,13 @@ def run(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 def drawn(i: int, ratio: int, sq: int, sk: int, target: Target, **more: object) -> Inputs:
     """Case number i: the features turn with it, so that a walk over the lengths meets them all."""
     q_layout, kv_layout = LAYOUTS[i % 4]
-    mask = ({"causal": True}, {}, {"window": (40, 7)}, {"window": (16, -1), "causal": True}, {"window": (-1, 3)})[i % 5]
+    mask = (
+        {"causal": True},
+        {},
+        {"window": (40, 7)},
+        {"window": (16, -1), "causal": True},
+        {"window": (-1, 3)},
+    )[i % 5]
     return make(
         [sq, max(sq - 3, 0)],
         [sk, sk // 2],
@@ -85,20 +91,37 @@ def test_every_ratio_in_every_layout(kernels: Target, ratio: int, layout: tuple[
     run(x)
 
 
-@pytest.mark.parametrize("dims", [(8, 8), (40, 40), (72, 72), (80, 64), (96, 96), (192, 128), (64, 128), (256, 256)])
+@pytest.mark.parametrize(
+    "dims", [(8, 8), (40, 40), (72, 72), (80, 64), (96, 96), (192, 128), (64, 128), (256, 256)]
+)
 @pytest.mark.parametrize("sq", [1, 70])
 def test_every_head_dimension(target: Target, dims: tuple[int, int], sq: int) -> None:
     """Head dimensions that are no power of two run as two parts, and d and dv may differ."""
     for i, dtype in enumerate(target.dtypes):
         layout = ("dense", "paged", "ragged")[i % 3]
-        run(make([sq], [90], d=dims[0], dv=dims[1], dtype=dtype, kv_layout=layout, causal=True, device=target.device))
+        run(
+            make(
+                [sq],
+                [90],
+                d=dims[0],
+                dv=dims[1],
+                dtype=dtype,
+                kv_layout=layout,
+                causal=True,
+                device=target.device,
+            )
+        )
 
 
 @pytest.mark.parametrize("dims", [(1, 1), (13, 7), (20, 33), (101, 255)])
 def test_head_dimensions_that_nothing_divides(target: Target, dims: tuple[int, int]) -> None:
     """Rows of odd length: no 16-byte copy fits them, and the padding columns must not leak in."""
     for sq in (1, 40):
-        run(make([sq], [45], d=dims[0], dv=dims[1], dtype=target.dtypes[-1], causal=True, device=target.device))
+        run(
+            make(
+                [sq], [45], d=dims[0], dv=dims[1], dtype=target.dtypes[-1], causal=True, device=target.device
+            )
+        )
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
@@ -106,7 +129,9 @@ def test_paged_is_dense_bit_for_bit(target: Target, page_size: int) -> None:
     """The same keys give the same bits whatever the page size and the order of the pages."""
     dtype = target.dtypes[-1]
     for sq in (1, 33):
-        dense = make([sq, sq], [300, 77], dtype=dtype, causal=True, seed=5, device=target.device, num_splits=2)
+        dense = make(
+            [sq, sq], [300, 77], dtype=dtype, causal=True, seed=5, device=target.device, num_splits=2
+        )
         paged = make(
             [sq, sq],
             [300, 77],
@@ -144,7 +169,9 @@ def test_every_number_of_splits_means_the_same(target: Target, splits: int) -> N
 def test_folded_and_apart_agree(target: Target) -> None:
     """pack_gqa=False runs the heads of a group apart: the same meaning, each row of scores the same sums."""
     for sq in (1, 40):
-        x = make([sq], [130], heads=6, causal=True, dtype=target.dtypes[-1], pack_gqa=False, device=target.device)
+        x = make(
+            [sq], [130], heads=6, causal=True, dtype=target.dtypes[-1], pack_gqa=False, device=target.device
+        )
         run(x)
 
 
@@ -152,7 +179,15 @@ def test_the_kernels_without_a_copy_engine(kernels: Target) -> None:
     """Plans for GPUs without TMA load K and V of a prefill through pointers."""
     with backends.force(DEVICES["a100"]):
         for window in ((-1, -1), (50, 20)):
-            x = make([200], [230], d=64, dtype=kernels.dtypes[-1], window=window, device=kernels.device, num_splits=1)
+            x = make(
+                [200],
+                [230],
+                d=64,
+                dtype=kernels.dtypes[-1],
+                window=window,
+                device=kernels.device,
+                num_splits=1,
+            )
             assert backends.plan_of(x)[1].kernel == "prefill"
             assert not backends.plan_of(x)[1].use_tma
             run(x)
@@ -162,7 +197,9 @@ def test_strides_of_every_kind(target: Target) -> None:
     """Heads before tokens, K and V as halves of one tensor, odd pitches, a base off by one element, expanded K."""
     dtype = target.dtypes[-1]
     for sq in (1, 40):
-        x = make([sq, sq], [60, 60], heads=8, kv_heads=2, dtype=dtype, slack=0, causal=True, device=target.device)
+        x = make(
+            [sq, sq], [60, 60], heads=8, kv_heads=2, dtype=dtype, slack=0, causal=True, device=target.device
+        )
         before = (x.k, x.v)
         x.k, x.v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in before)
         run(x)
@@ -188,12 +225,17 @@ def test_repeats_bit_for_bit(target: Target) -> None:
         for _ in range(3):
             again = poisoned(x)
             backends.run(x, *again)
-            assert all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(first, again, strict=True))
+            assert all(
+                torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+                for a, b in zip(first, again, strict=True)
+            )
 
 
 def test_outputs_with_strides(target: Target) -> None:
     """out and lse may be views: only their own elements are written."""
-    x = make([3, 2], [70, 40], heads=6, dtype=target.dtypes[-1], causal=True, device=target.device, num_splits=2)
+    x = make(
+        [3, 2], [70, 40], heads=6, dtype=target.dtypes[-1], causal=True, device=target.device, num_splits=2
+    )
     wide = torch.full((*x.out_shape[:-1], 40), 7.0, dtype=x.q.dtype, device=target.device)
     lse = torch.full((*x.lse_shape, 2), 7.0, device=target.device)
     backends.run(x, wide[..., 8:24], lse[..., 0])

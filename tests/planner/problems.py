@@ -16,7 +16,13 @@ GPUS = tuple(DEVICES.values())
 
 
 def problem(
-    heads: int = 32, kv_heads: int = 8, batch: int = 16, sq: int = 1, sk: int = 8192, d: int = 128, **other: Any
+    heads: int = 32,
+    kv_heads: int = 8,
+    batch: int = 16,
+    sq: int = 1,
+    sk: int = 8192,
+    d: int = 128,
+    **other: Any,
 ) -> Problem:
     """A dense bf16 decode of Llama-3's shape unless told otherwise; totals follow from the bounds."""
     values: dict[str, Any] = {

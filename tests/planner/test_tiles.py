@@ -142,10 +142,14 @@ def test_less_shared_memory_means_smaller_blocks_not_failure() -> None:
 
 
 @given(dims, dims, st.sampled_from((16, 32, 64, 128)), st.sampled_from((16, 32, 64, 128)), st.integers(1, 5))
-def test_shared_memory_grows_with_all_that_is_held(d: int, dv: int, rows: int, keys: int, stages: int) -> None:
+def test_shared_memory_grows_with_all_that_is_held(
+    d: int, dv: int, rows: int, keys: int, stages: int
+) -> None:
     """More rows, keys, stages or wider elements never need less; what surely must be held is counted."""
 
-    def of(rows: int = rows, keys: int = keys, stages: int = stages, dtype: torch.dtype = torch.bfloat16) -> int:
+    def of(
+        rows: int = rows, keys: int = keys, stages: int = stages, dtype: torch.dtype = torch.bfloat16
+    ) -> int:
         return shared_memory(Tile(rows, keys, 4, stages), d, dv, dtype)
 
     assert of(rows=2 * rows) > of()

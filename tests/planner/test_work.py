@@ -21,9 +21,7 @@ def test_counts_equal_the_mask_drawn_in_full(
     sq: int, sk: int, left: int | None, right: int | None, bottom_right: bool, batch: int
 ) -> None:
     """explain() and the roofline rest on these; the closed form has four kinds of edge."""
-    p = problem(
-        batch=batch, sq=sq, sk=sk, window_left=left, window_right=right, bottom_right=bottom_right
-    )
+    p = problem(batch=batch, sq=sq, sk=sk, window_left=left, window_right=right, bottom_right=bottom_right)
     seen = visible(sq, sk, -1 if left is None else left, -1 if right is None else right, bottom_right)
     assert visible_pairs(p) == batch * int(seen.sum())
     assert visible_tokens(p) == batch * int(seen.any(0).sum())
@@ -36,9 +34,7 @@ def test_key_span_holds_every_visible_key(
     """Of any run of queries; half-open and never reversed."""
     first = data.draw(st.integers(0, sq - 1))
     last = data.draw(st.integers(first, sq - 1))
-    p = problem(
-        batch=1, sq=sq, sk=sk, window_left=left, window_right=right, bottom_right=bottom_right
-    )
+    p = problem(batch=1, sq=sq, sk=sk, window_left=left, window_right=right, bottom_right=bottom_right)
     start, end = key_span(p, first, last)
     seen = visible(sq, sk, -1 if left is None else left, -1 if right is None else right, bottom_right)
     keys = seen[first : last + 1].any(0).nonzero().flatten().tolist()

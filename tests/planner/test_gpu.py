@@ -1,0 +1,504 @@
+"""The GPU planner: the fold, the number of splits, the tiles of ragged batches, and that what is planned is
+what is launched."""
+
+from __future__ import annotations
+
+import inspect
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headfold import backends
+from headfold.planner import DEVICES, make_plan
+from headfold.planner.gpu import (
+    DECODE_ROWS,
+    FIXUP_COST,
+    FIXUP_COST_PER_SPLIT,
+    MAX_SPLITS,
+    START_COST,
+    choose_fold,
+    choose_splits,
+    count_tiles,
+    span_blocks,
+    tma_possible,
+)
+from headfold.problem import Inputs
+from headfold.reference import visible
+from tests.cases import make, poisoned
+from tests.planner.problems import GPUS, RATIOS, problem, problems
+
+H200 = DEVICES["h200"]
+
+
+# ---- fold
+
+
+@pytest.mark.parametrize("group", range(1, 50))
+def test_the_whole_group_is_folded_at_any_ratio(group: int) -> None:
+    """Every K/V byte is read once: one head unit per KV head, whatever the ratio."""
+    p = problem(8 * group, 8)
+    assert choose_fold(p)[0] == group
+    plan = make_plan(p, H200)
+    assert (plan.fold, plan.head_units) == (group, 8)
+
+
+def test_pack_gqa_false_runs_every_head_apart() -> None:
+    """The caller's wish is kept, and the reason says what it costs."""
+    fold, reason = choose_fold(problem(32, 8, pack_gqa=False))
+    assert fold == 1
+    assert "read by each" in reason
+    assert make_plan(problem(32, 8, pack_gqa=False), H200).head_units == 32
+    assert choose_fold(problem(32, 8, pack_gqa=True))[0] == 4
+
+
+@given(st.integers(1, 3000), st.sampled_from(RATIOS), st.sampled_from((16, 32, 64, 128)))
+def test_folding_never_pays_for_more_rows(sq: int, group: int, rows: int) -> None:
+    """ceil(sq * G / rows) <= G * ceil(sq / rows): why the whole group is folded without a second thought."""
+    p = problem(8 * group, 8, sq=sq)
+    folded, _, _ = count_tiles(p, group, rows)
+    apart, _, _ = count_tiles(p, 1, rows)
+    assert folded <= group * apart
+
+
+@given(problems())
+def test_rows_paid_cover_rows_used(p: Any) -> None:
+    """Every folded row of every sequence lies in a tile; for dense q with less than one tile a sequence to spare."""
+    plan = make_plan(p, H200)
+    if plan.kernel == "none":
+        return
+    used = p.total_q * p.num_heads
+    assert plan.rows_paid >= used
+    if p.q_layout == "dense":
+        assert plan.rows_paid - used < p.batch * plan.head_units * plan.block_m
+
+
+@pytest.mark.parametrize(
+    ("group", "rows"), [(1, 16), (3, 16), (5, 16), (7, 16), (12, 16), (17, 32), (48, 64)]
+)
+def test_decode_pays_for_the_rows_of_the_group_rounded_up(group: int, rows: int) -> None:
+    """One query: the group lies in one tile of 16, 32 or 64 rows."""
+    plan = make_plan(problem(8 * group, 8, batch=2), H200)
+    assert plan.kernel == "decode"
+    assert plan.block_m == rows
+    assert plan.rows_paid == 2 * 8 * rows
+
+
+# ---- splits
+
+
+def model_time(tiles: int, blocks: int, sms: int, splits: int) -> float:
+    """The model that choose_splits states, written once more."""
+    waves, share = -(-tiles * splits // sms), -(-blocks // splits)
+    fixup = FIXUP_COST + FIXUP_COST_PER_SPLIT * splits if splits > 1 else 0.0
+    return waves * (share + START_COST) + fixup
+
+
+@given(st.integers(1, 1000), st.integers(1, 2000), st.integers(1, 200))
+def test_splits_are_optimal_under_the_stated_model(tiles: int, blocks: int, sms: int) -> None:
+    """By brute force over every number of splits that leaves each a block; ties go to fewer."""
+    best = choose_splits(tiles, blocks, sms)
+    times = {s: model_time(tiles, blocks, sms, s) for s in range(1, min(blocks, MAX_SPLITS) + 1)}
+    assert best in times, "more splits than blocks: some programs would have nothing to do"
+    assert times[best] == min(times.values())
+    assert best == min(s for s, t in times.items() if t == times[best])
+
+
+@pytest.mark.parametrize(
+    ("shape", "splits"),
+    [
+        ((96, 8, 4, 65536), 4),  # GLM-4.7
+        ((32, 8, 16, 8192), 1),
+        ((32, 8, 1, 131072), 16),
+        ((32, 32, 4, 65536), 1),
+        ((32, 8, 64, 8192), 1),
+    ],
+)
+def test_classic_decode_shapes_run_in_one_wave_on_an_h200(shape: tuple[int, ...], splits: int) -> None:
+    """floor(132 / (batch * kv_heads)) splits, at least 1: measured best; more waves cost 5 to 12 %."""
+    heads, kv_heads, batch, sk = shape
+    plan = make_plan(problem(heads, kv_heads, batch, sk=sk), H200)
+    assert plan.kernel == "decode"
+    assert plan.num_splits == splits
+    assert plan.programs == batch * kv_heads * splits
+    if batch * kv_heads <= H200.sms:
+        assert plan.programs <= H200.sms
+
+
+@given(st.integers(1, 132), st.integers(1, 16), st.sampled_from(GPUS))
+def test_a_small_decode_never_needs_a_second_wave(batch: int, kv_heads: int, device: Any) -> None:
+    """Tiles that fit one wave are split within it: a second wave's tail would idle most multiprocessors."""
+    plan = make_plan(problem(kv_heads * 4, kv_heads, batch, sk=131072), device)
+    if batch * kv_heads <= device.sms // 2:
+        assert plan.programs <= device.sms
+        assert plan.programs > device.sms // 2
+
+
+@pytest.mark.parametrize("forced", [1, 2, 7, 256])
+@pytest.mark.parametrize("sk", [1, 100, 8192])
+def test_num_splits_is_kept_even_beyond_the_blocks(forced: int, sk: int) -> None:
+    """A sequence's bits depend on it, so it must not depend on the length."""
+    plan = make_plan(problem(num_splits=forced, sk=sk), H200)
+    assert plan.num_splits == forced
+    assert any("forced by num_splits" in r for r in plan.reasons)
+
+
+def test_num_splits_above_one_splits_a_prefill_too() -> None:
+    """The prefill kernel cannot split, so the decode kernel takes over."""
+    p = problem(sq=2048, sk=2048)
+    assert make_plan(p, H200).kernel == "prefill"
+    plan = make_plan(replace(p, num_splits=3), H200)
+    assert (plan.kernel, plan.num_splits) == ("decode", 3)
+    assert make_plan(replace(p, num_splits=1), H200).kernel == "prefill"
+
+
+@pytest.mark.parametrize(
+    ("margin", "splits"), [(0, 16), (4, 16), (5, 15), (68, 8), (131, 1), (132, 1), (999, 1)]
+)
+def test_sm_margin_leaves_multiprocessors_free(margin: int, splits: int) -> None:
+    """One sequence of 8 KV heads: 8 * splits programs must fit what is left, and at least one is used."""
+    assert make_plan(problem(batch=1, sk=131072, sm_margin=margin), H200).num_splits == splits
+
+
+@given(problems())
+def test_workspace_holds_the_states_of_every_split(p: Any) -> None:
+    """Output and LSE of each row and split at float32, output rows on 16 bytes; none for a single split."""
+    plan = make_plan(p, H200)
+    if plan.num_splits == 1:
+        assert plan.workspace == 0
+        return
+    rows = plan.num_splits * p.total_q * p.num_heads
+    assert rows * (p.head_dim_v + 1) * 4 <= plan.workspace <= rows * (p.head_dim_v + 8) * 4
+    assert 1 < plan.num_splits <= 256
+    assert plan.kernel == "decode"
+
+
+def test_many_rows_on_an_idle_device_are_split() -> None:
+    """128 queries of one sequence make few tiles: over a long context the decode kernel splits the keys."""
+    plan = make_plan(problem(8, 1, batch=1, sq=128, sk=131072), H200)
+    assert plan.kernel == "decode"
+    assert plan.num_splits > 1
+    assert any("idle" in r for r in plan.reasons)
+
+
+@given(problems(), st.sampled_from(GPUS))
+def test_the_decode_kernel_takes_many_rows_only_to_split_them(p: Any, device: Any) -> None:
+    """Unsplit, the prefill kernel runs the same work on a larger tile and without a mask inside."""
+    plan = make_plan(p, device)
+    if p.max_seqlen_q * plan.fold > DECODE_ROWS and plan.num_splits == 1:
+        assert plan.kernel in ("prefill", "none"), plan.reasons
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 16])
+@pytest.mark.parametrize("sq", [2048, 4096, 16384])
+def test_a_long_prompt_is_a_prefill(batch: int, sq: int) -> None:
+    """Causal self-attention of a prompt fills the device many times over: splitting it costs a merge for nothing."""
+    plan = make_plan(problem(batch=batch, sq=sq, sk=sq, window_right=0), H200)
+    assert (plan.kernel, plan.num_splits) == ("prefill", 1)
+
+
+@given(problems())
+def test_up_to_64_folded_rows_go_to_the_decode_kernel(p: Any) -> None:
+    """Its tile holds them all (float32 excepted), so K and V are read once."""
+    plan = make_plan(p, H200)
+    rows = p.max_seqlen_q * plan.fold
+    if plan.kernel == "none" or rows > DECODE_ROWS:
+        return
+    assert plan.kernel == "decode"
+    if p.dtype != torch.float32:
+        assert plan.block_m >= rows
+        assert plan.tiles_per_sequence == 1
+
+
+# ---- keys that a tile spans
+
+
+@given(
+    st.integers(1, 60),
+    st.integers(1, 120),
+    st.none() | st.integers(0, 60),
+    st.none() | st.integers(0, 60),
+    st.booleans(),
+    st.sampled_from((1, 4, 16)),
+)
+def test_span_blocks_covers_what_any_query_sees(
+    sq: int, sk: int, left: int | None, right: int | None, bottom_right: bool, block_n: int
+) -> None:
+    """Splits are shares of these blocks; too few and choose_splits would think a long row short."""
+    p = problem(sq=sq, sk=sk, window_left=left, window_right=right, bottom_right=bottom_right)
+    seen = visible(sq, sk, -1 if left is None else left, -1 if right is None else right, bottom_right)
+    widest = int(seen.any(0).sum())
+    blocks = span_blocks(p, block_n)
+    assert blocks >= max(1, -(-widest // block_n))
+    assert blocks <= max(1, -(-sk // block_n))
+
+
+def test_a_window_decode_is_not_split_for_keys_it_never_sees() -> None:
+    """A window of 1024 keys in a context of a million is 9 blocks of 128, not 8192."""
+    p = problem(sk=2**20, window_left=1023, window_right=0)
+    assert span_blocks(p, 128) == 9
+    assert make_plan(replace(p, batch=1, total_q=1, total_k=2**20), H200).num_splits <= 9
+
+
+# ---- TMA
+
+
+def test_tma_needs_aligned_whole_half_precision_rows_without_pages() -> None:
+    """What the copy engine can address: each condition alone forbids it."""
+    p = problem(sq=4096, sk=4096)
+    assert tma_possible(p)
+    assert make_plan(p, H200).use_tma
+    for change in (
+        {"kv_aligned": False},
+        {"kv_layout": "paged", "page_size": 16},
+        {"head_dim": 96},
+        {"head_dim_v": 72},
+        {"dtype": torch.float32},
+    ):
+        other = replace(p, **change)
+        assert not tma_possible(other), change
+        assert not make_plan(other, H200).use_tma, change
+    assert not make_plan(p, DEVICES["a100"]).use_tma
+
+
+# ---- ragged batches
+
+lengths = st.lists(st.one_of(st.just(0), st.integers(0, 4), st.integers(0, 700)), min_size=1, max_size=12)
+
+
+def find_sequence(tile: int, cu: list[int], fold: int, block_m: int) -> tuple[int, int]:
+    """kernels/parts/spans.py::find_sequence, in Python, line by line."""
+    low, high = 0, len(cu) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if cu[middle] * fold // block_m + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low, tile - (cu[low] * fold // block_m + low)
+
+
+def offsets(lens: list[int]) -> list[int]:
+    """0 and the running sums."""
+    cu = [0]
+    for n in lens:
+        cu.append(cu[-1] + n)
+    return cu
+
+
+@given(lengths, st.integers(0, 50), st.sampled_from(RATIOS), st.sampled_from((16, 32, 64, 128)))
+def test_packed_search_assigns_every_tile_of_every_sequence_once(
+    lens: list[int], slack: int, fold: int, block_m: int
+) -> None:
+    """Over total_q * fold // block_m + batch programs; rows behind the last sequence belong to nobody."""
+    cu = offsets(lens)
+    total = cu[-1] + slack
+    found = Counter(find_sequence(t, cu, fold, block_m) for t in range(total * fold // block_m + len(lens)))
+    needed = {(i, t) for i, n in enumerate(lens) for t in range(-(-n * fold // block_m))}
+    assert all(found[place] == 1 for place in needed)
+    # What else there is finds no row: the kernel leaves at once.
+    assert all(t >= -(-lens[i] * fold // block_m) for i, t in found if (i, t) not in needed)
+    assert all(t >= 0 for _, t in found)
+    # Bisection finds the last sequence that starts at or before the tile.
+    starts = [cu[i] * fold // block_m + i for i in range(len(lens))]
+    assert all(i == bisect_right(starts, starts[i] + t) - 1 for i, t in found)
+
+
+@given(lengths, st.sampled_from(RATIOS), st.sampled_from((16, 32, 64, 128)), st.integers(0, 300))
+def test_tiles_counted_for_a_ragged_batch_suffice(
+    lens: list[int], fold: int, block_m: int, loose: int
+) -> None:
+    """The host knows totals and bounds, never lengths: every sequence's tiles must be launched all the same."""
+    longest = max(lens) + loose
+    if longest == 0:
+        return
+    p = problem(8 * fold, 8, len(lens), sq=longest, total_q=sum(lens), q_layout="ragged", kv_layout="ragged")
+    tiles, per_sequence, search = count_tiles(p, fold, block_m)
+    needed = [-(-n * fold // block_m) for n in lens]
+    if search:
+        cu = offsets(lens)
+        found = {find_sequence(t, cu, fold, block_m) for t in range(tiles)}
+        assert found >= {(i, t) for i, n in enumerate(needed) for t in range(n)}
+        assert per_sequence == 0
+        assert tiles < len(lens) * -(-longest * fold // block_m)
+    else:
+        assert tiles == per_sequence * len(lens)
+        assert per_sequence >= max(needed)
+
+
+def test_the_search_mirrored_here_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's own find_sequence, run as plain Python on lists, agrees with the mirror."""
+    spans = pytest.importorskip("headfold.kernels.parts.spans")
+
+    class Number(int):
+        """An int that can be cast as a Triton scalar."""
+
+        def to(self, _: Any) -> Number:
+            return self
+
+    class Pointer(list):  # type: ignore[type-arg]
+        """A list that adds as a pointer."""
+
+        def __add__(self, i: Any) -> tuple[Pointer, int]:  # type: ignore[override]
+            return self, int(i)
+
+    class Language:
+        """As much of triton.language as find_sequence uses."""
+
+        int64 = int32 = None
+
+        @staticmethod
+        def load(place: tuple[list[int], int]) -> Number:
+            return Number(place[0][place[1]])
+
+    monkeypatch.setitem(spans.find_sequence.fn.__globals__, "tl", Language)
+    lens = [0, 5, 0, 0, 130, 1, 64, 0]
+    cu = offsets(lens)
+    for tile in range(cu[-1] * 3 // 16 + len(lens)):
+        # Number(start) floors and multiplies as int; only the last cast needs a method.
+        low, rest = _run_find(spans.find_sequence.fn, Number, Pointer(cu), tile, len(lens), 3, 16)
+        assert (low, rest) == find_sequence(tile, cu, 3, 16)
+
+
+def _run_find(
+    fn: Any, number: Any, cu: Any, tile: int, batch: int, fold: int, block_m: int
+) -> tuple[int, int]:
+    class Tile(number):  # type: ignore[misc]
+        """tile - start keeps the cast."""
+
+        def __sub__(self, other: int) -> Any:
+            return number(int(self) - int(other))
+
+    low, rest = fn(Tile(tile), cu, batch, fold, block_m)
+    return int(low), int(rest)
+
+
+# ---- what is planned is what is launched
+
+
+class Recorder:
+    """Stands in for a kernel: remembers the grid and arguments of its launches."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: self.launches.append((grid, args, kwargs))
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """headfold.backends.triton with recorders for kernels."""
+    pytest.importorskip("triton")
+    from headfold.backends import triton as launcher
+
+    for kernel in ("decode_kernel", "prefill_kernel", "fixup_kernel"):
+        monkeypatch.setattr(launcher, kernel, Recorder())
+    return launcher
+
+
+def launch_cases() -> dict[str, Inputs]:
+    """A decode, a split one, a prefill, a ragged and a paged one."""
+    one = make([1] * 3, [700] * 3, heads=12, kv_heads=2, d=64, dtype=torch.bfloat16)
+    return {
+        "decode": replace(one, num_splits=1),
+        "split decode": replace(one, num_splits=5),
+        "odd head dimensions": make([2], [300], heads=6, d=80, dv=40, dtype=torch.float16, num_splits=2),
+        "float32": make([3, 1], [50, 60], heads=6),
+        "prefill": make([300] * 2, [300] * 2, heads=80, kv_heads=20, d=128, dtype=torch.bfloat16, slack=0),
+        "ragged": make(
+            [400, 3, 1, 2] * 8, [9] * 32, heads=40, kv_heads=10, q_layout="ragged", kv_layout="ragged"
+        ),
+        "paged": make([1, 1], [100, 33], kv_layout="paged", page_size=24, dtype=torch.float16),
+    }
+
+
+@pytest.mark.parametrize("name", launch_cases())
+@pytest.mark.parametrize("device", GPUS, ids=list(DEVICES))
+def test_the_planned_blocks_are_the_launched_ones(launcher: Any, name: str, device: Any) -> None:
+    """A heuristic that assumes one block size while the kernel runs another is the classic bug of this field."""
+    x = launch_cases()[name]
+    with backends.force(device):
+        _, plan = backends.plan_of(x)
+        backends.run(x, *poisoned(x))
+    kernel = launcher.decode_kernel if plan.kernel == "decode" else launcher.prefill_kernel
+    other = launcher.prefill_kernel if plan.kernel == "decode" else launcher.decode_kernel
+    assert not other.launches
+    [(grid, args, keywords)] = kernel.launches
+    assert (*grid, 1)[:3] == (plan.tiles, plan.head_units, plan.num_splits)
+    assert (keywords["BLOCK_M"], keywords["BLOCK_N"]) == (plan.block_m, plan.block_n)
+    assert (keywords["D0"], keywords["D1"]) == plan.d_parts
+    assert (keywords["DV0"], keywords["DV1"]) == plan.dv_parts
+    assert (keywords["num_warps"], keywords["num_stages"]) == (plan.num_warps, plan.num_stages)
+    assert (keywords["HEAD_DIM"], keywords["HEAD_DIM_V"]) == (x.q.shape[-1], x.v.shape[-1])
+    assert keywords["SEARCH"] == plan.search_tiles
+    assert keywords.get("TMA", False) == plan.use_tma
+    assert any(value is plan.fold for value in args)
+    assert len(launcher.fixup_kernel.launches) == (plan.num_splits > 1)
+    if plan.num_splits > 1:
+        [(grid, args, _)] = launcher.fixup_kernel.launches
+        assert args[0].shape[0] == args[6] == plan.num_splits
+        states = args[0].numel() * 4 + args[1].numel() * 4
+        assert states == plan.workspace
+        assert grid == (x.q.shape[:-1].numel(),)
+
+
+def test_launch_cases_reach_every_kernel_and_the_search() -> None:
+    """The cases above are worth something only if they differ."""
+    plans = {}
+    for name, x in launch_cases().items():
+        with backends.force(H200):
+            plans[name] = backends.plan_of(x)[1]
+    assert plans["prefill"].kernel == "prefill"
+    assert plans["prefill"].use_tma
+    assert plans["decode"].num_splits == 1
+    assert plans["split decode"].num_splits == 5
+    assert plans["ragged"].search_tiles
+    assert plans["odd head dimensions"].d_parts[1] > 0
+
+
+@pytest.mark.parametrize("name", launch_cases())
+def test_a_launch_gives_every_kernel_parameter_once(launcher: Any, name: str) -> None:
+    """Arguments are positional: one too few or in the wrong place would shift all that follow."""
+    from headfold.kernels import decode, fixup, prefill
+
+    kernels = {
+        "decode_kernel": decode.decode_kernel,
+        "prefill_kernel": prefill.prefill_kernel,
+        "fixup_kernel": fixup.fixup_kernel,
+    }
+    x = launch_cases()[name]
+    with backends.force(H200):
+        backends.run(x, *poisoned(x))
+    for kernel, jit in kernels.items():
+        for _, args, keywords in getattr(launcher, kernel).launches:
+            options = ("num_warps", "num_stages")
+            constants = {k: v for k, v in keywords.items() if k not in options}
+            bound = inspect.signature(jit.fn).bind(*args, **constants).arguments
+            assert set(bound) == set(inspect.signature(jit.fn).parameters)
+            strides = {k: v for k, v in bound.items() if "stride" in k}
+            assert all(isinstance(v, int) for v in strides.values())
+            if kernel != "fixup_kernel":
+                assert bound["Q"] is x.q
+                assert bound["page_table"] is x.page_table
+                assert bound["k_stride_h"] == x.k.stride(-2)
+                assert bound["v_stride_h"] == x.v.stride(-2)
+                assert bound["q_stride_s"] == x.q.stride(-3)
+                assert (bound["fold"], bound["batch"]) == (x.q.shape[-2] // x.k.shape[-2], x.batch)
+
+
+@given(st.integers(1, 2**31 - 1), st.integers(0, 2**31 - 1))
+@settings(max_examples=500)
+def test_division_by_a_page_size_is_exact(d: int, n: int) -> None:
+    """Any page size, any key: the kernel divides by a multiplication and a shift."""
+    launcher = pytest.importorskip("headfold.backends.triton")
+    magic, shift = launcher.division(d)
+    assert 0 <= magic < 2**32
+    for k in (n, n // d * d, max(0, n // d * d - 1), 2**31 - 1):
+        assert ((2 * k * magic) >> 32) >> shift == k // d
