@@ -7,7 +7,7 @@ takes strided K and V, serves a group from its one KV head without expanding it,
 group, laid side by side as rows, read them once instead of G times. Splits become its batch dimension.
 `prefill` hands it queries as they are: they fill its blocks without folding.
 
-How a Plan reads here: `block_n` keys are a split; `num_stages` sequences (when one split holds a sequence)
+How a Plan reads here: `block_n` keys are a split (0: `num_splits` equal parts of each sequence); `num_stages` sequences (when one split holds a sequence)
 or splits (when it does not) go into one call; a prefill makes `head_units` calls to cover the KV heads, and
 `block_m` of its query positions share a mask.
 
@@ -201,9 +201,10 @@ def _split_states(
     """The states of q (n, positions, h, d): out (splits, n, hk, rows, dv) and LSE (splits, n, hk, rows)."""
     first, last = band.rows()
     start, end = band.keys(first, last)
+    extent = _extent(plan, end - start)
     while start < end:
-        count = _full_splits(plan, band, start, end) if q.shape[0] == 1 else 0
-        stop = start + count * plan.block_n if count else min(end, start + plan.block_n)
+        count = _full_splits(band, start, end, extent, plan.num_stages) if q.shape[0] == 1 else 0
+        stop = start + count * extent if count else min(end, start + extent)
         seen = None
         if not band.is_full(first, last, start, stop):
             seen = band.visible(first, last, start, stop)
@@ -236,21 +237,27 @@ def _folded_states(
     return out.unsqueeze(dim), lse.unsqueeze(dim)
 
 
-def _full_splits(plan: Plan, band: Band, start: int, end: int) -> int:
-    """How many whole splits from `start` on one call can take: visible to every query, num_stages at most."""
+def _extent(plan: Plan, keys: int) -> int:
+    """Keys of one split of a sequence of which `keys` are visible."""
+    return plan.block_n or max(1, -(-keys // plan.num_splits))
+
+
+def _full_splits(band: Band, start: int, end: int, extent: int, most: int) -> int:
+    """How many whole splits from `start` on one call can take: visible to every query, `most` at most."""
     first, last = band.rows()
     if band.right >= 0:
         end = min(end, first + band.diagonal + band.right + 1)
     if not band.is_full(first, last, start, start + 1):
         return 0
-    return max(0, min((end - start) // plan.block_n, plan.num_stages))
+    return max(0, min((end - start) // extent, most))
 
 
 def _prefill(plan: Plan, q: torch.Tensor, scale: float, s: _Sequences, band: Band) -> None:
     """Many queries: the kernel's own blocks, over pieces that need no mask or a small one."""
     first, last = band.rows()
     start, end = band.keys(first, last)
-    splits = [(a, min(a + plan.block_n, end)) for a in range(start, end, plan.block_n)]
+    extent = _extent(plan, end - start)
+    splits = [(a, min(a + extent, end)) for a in range(start, end, extent)]
     work = [list(band.pieces(plan.block_m, a, b)) for a, b in splits]
     depth = _depth([piece for pieces in work for piece in pieces])
     # Two states merge into the output's own dtype with a single rounding; more would round again and again.

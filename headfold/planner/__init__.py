@@ -18,4 +18,4 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     """Decide how `problem` runs on `device`. Cached: the same question costs one dictionary look-up."""
     if problem.is_empty:
         return Plan("cpu" if device.is_cpu else "triton", "none")
-    return plan_cpu(problem, device) if device.is_cpu else plan_gpu(problem, device)
+    return plan_cpu(problem) if device.is_cpu else plan_gpu(problem, device)

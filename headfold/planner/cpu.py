@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from headfold.planner.device import Device
 from headfold.planner.plan import Plan
 from headfold.problem import Problem
 
@@ -16,47 +15,45 @@ DECODE_QUERIES = 64
 # Keys of one split. bf16 32:8 b1 s8192: 512 to 8192 keys are level (1.9 to 2.05 ms); smaller splits have more
 # states to merge, larger ones leave fewer to share out over the threads.
 SPLIT_KEYS = 1024
-# Keys of one split per folded row: states of R rows, at float32, then stay below 5 % of the K and V read.
-SPLIT_KEYS_PER_ROW = 32
+# States that one call leaves to merge may be this fraction of K and V.
+STATE_SHARE = 20
 # Rows from which PyTorch's bf16 kernel copies the K and V of a call into AMX order: a call over 33.6 MB of them
 # held 0.3 MB at 32 rows and 34.2 MB at 64; fp16 and fp32 never did.
 PACKED_ROWS = 64
 # What one call copies may be this fraction of K and V. Pages are gathered and then packed: twice 1/32.
 COPY_SHARE = 32
-# Keys of one split of a paged prefill, at least: each split reads and writes the output once more.
-PREFILL_SPLIT_KEYS = 2048
-# Queries of one additive mask in a prefill (the kernel's own largest block), and elements of one in a decode.
+# Keys of one split of a prefill: pages are gathered a split at a time, and each split merges the output once more.
+PREFILL_SPLIT_KEYS = 4096
+# Queries of one additive mask in a prefill: the kernel's own largest block.
 MASK_ROWS = 256
-MASK_SIZE = 2**20
 
 
-def plan_cpu(p: Problem, device: Device) -> Plan:
-    """Folded rows and splits for few queries, PyTorch's own blocks over unexpanded K and V for many."""
+def plan_cpu(p: Problem) -> Plan:
+    """Folded rows and splits for few queries, PyTorch's own blocks over unexpanded K and V for many.
+
+    Where a split ends depends on the rows alone, not on the layout or the capacity: paged and dense caches then
+    give the same bits.
+    """
     rows = p.max_seqlen_q * p.group
     if rows <= DECODE_ROWS or p.max_seqlen_q < DECODE_QUERIES:
-        return _decode_plan(p, device, rows)
+        return _decode_plan(p, rows)
     return _prefill_plan(p)
 
 
-def _decode_plan(p: Problem, device: Device, rows: int) -> Plan:
-    copies = _copies(p, rows)
-    extent = max(SPLIT_KEYS, SPLIT_KEYS_PER_ROW * rows)
-    most = min(_copied_keys(p) if copies else p.max_seqlen_k, _masked_keys(p, rows))
-    extent = min(extent, max(SPLIT_KEYS, most))
-    if p.num_splits:
-        extent = max(1, -(-p.max_seqlen_k // p.num_splits))
-    elif not p.lengths_on_device and p.max_seqlen_k <= most and _is_balanced(p, device):
-        extent = p.max_seqlen_k
+def _decode_plan(p: Problem, rows: int) -> Plan:
+    extent = SPLIT_KEYS
     splits = p.num_splits or -(-p.max_seqlen_k // extent)
-    together = splits if splits > 1 else p.batch
-    if copies:
+    state = p.num_kv_heads * rows * (p.head_dim_v + 1) * 4
+    together = max(1, min(splits if splits > 1 else p.batch, p.kv_bytes // STATE_SHARE // state))
+    if _copies(p, rows):
         together = max(1, min(together, _copied_keys(p) // extent))
+    how = f"of {extent} keys" if not p.num_splits else "of equal parts, as num_splits asks"
     return Plan(
         backend="cpu",
         kernel="decode",
         fold=p.group,
         block_m=rows,
-        block_n=extent,
+        block_n=0 if p.num_splits else extent,
         head_units=p.num_kv_heads,
         tiles=p.batch,
         tiles_per_sequence=1,
@@ -64,28 +61,24 @@ def _decode_plan(p: Problem, device: Device, rows: int) -> Plan:
         num_stages=together,
         reasons=(
             f"{p.group} heads x {p.max_seqlen_q} queries folded into {rows} rows; {splits} "
-            f"split{'s' if splits > 1 else ''} of {extent} keys, {together} in one call",
+            f"split{'s' if splits > 1 else ''} {how}, {together} in one call",
         ),
     )
 
 
 def _prefill_plan(p: Problem) -> Plan:
     packs = _packs(p, p.max_seqlen_q)
-    extent = p.max_seqlen_k
-    if p.num_splits:
-        extent = max(1, -(-p.max_seqlen_k // p.num_splits))
-    elif p.kv_layout == "paged":
-        extent = min(extent, max(PREFILL_SPLIT_KEYS, _copied_keys(p)))
-    splits = p.num_splits or -(-p.max_seqlen_k // extent)
+    splits = p.num_splits or -(-p.max_seqlen_k // PREFILL_SPLIT_KEYS)
     copies = packs or p.head_dim != p.head_dim_v
     units = p.num_kv_heads if copies else 1
     together = max(1, p.batch * units // COPY_SHARE) if copies else p.batch
+    how = f"of {PREFILL_SPLIT_KEYS} keys" if not p.num_splits else "of equal parts, as num_splits asks"
     return Plan(
         backend="cpu",
         kernel="prefill",
         fold=1,
         block_m=MASK_ROWS,
-        block_n=extent,
+        block_n=0 if p.num_splits else PREFILL_SPLIT_KEYS,
         head_units=units,
         tiles=p.batch,
         tiles_per_sequence=1,
@@ -93,7 +86,7 @@ def _prefill_plan(p: Problem) -> Plan:
         num_stages=together,
         reasons=(
             f"queries as they are; K and V unexpanded, {units} part{'s' if units > 1 else ''} of the heads; "
-            f"{splits} split{'s' if splits > 1 else ''} of {extent} keys",
+            f"{splits} split{'s' if splits > 1 else ''} {how}",
         ),
     )
 
@@ -111,15 +104,3 @@ def _copies(p: Problem, rows: int) -> bool:
 def _copied_keys(p: Problem) -> int:
     """Keys that may be copied at a time; below one split the saving is not worth the calls."""
     return max(SPLIT_KEYS, p.total_k // COPY_SHARE)
-
-
-def _masked_keys(p: Problem, rows: int) -> int:
-    """Keys of one split such that its mask stays small; a single position sees all the keys it is given."""
-    masked = p.window_left is not None or p.window_right is not None
-    return MASK_SIZE // rows if masked and p.max_seqlen_q > 1 else p.max_seqlen_k
-
-
-def _is_balanced(p: Problem, device: Device) -> bool:
-    """True when (sequence, KV head) pairs keep all cores busy alone: splits would only cost a merge."""
-    units = p.batch * p.num_kv_heads
-    return p.batch > 1 and (units % device.sms == 0 or units >= 4 * device.sms)

@@ -21,6 +21,7 @@ class Plan:
     number of tiles side by side in the head dimension (KV heads when the whole group is folded). `tiles` bounds
     the tiles of one head unit over the whole batch. `d_parts` and `dv_parts` cut a head dimension into two
     powers of two (the second 0 where one suffices), so that d = 96 does not pay for 128. `workspace` is in bytes.
+    How the CPU backend reads a Plan is said in `backends/cpu.py`.
     """
 
     backend: Backend

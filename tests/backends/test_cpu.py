@@ -16,14 +16,12 @@ from headfold import reference
 from headfold.backends import cpu
 from headfold.backends.cpu_band import Band
 from headfold.planner.cpu import plan_cpu
-from headfold.planner.device import Device
 from headfold.planner.plan import Plan
 from headfold.problem import Inputs, problem_of
 from tests.cases import NAN, assert_accurate, make, poisoned
 
 INF = float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TWO_CORES = Device("CPU, 2 threads", (0, 0), 2, 0, 2**22, 4e10, 4e11)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +34,7 @@ def one_thread() -> Iterator[None]:
 
 
 def plan_for(x: Inputs, **changes: Any) -> Plan:
-    return dataclasses.replace(plan_cpu(problem_of(x), TWO_CORES), **changes)
+    return dataclasses.replace(plan_cpu(problem_of(x)), **changes)
 
 
 def attend(x: Inputs, plan: Plan | None = None) -> tuple[torch.Tensor, torch.Tensor]:
