@@ -85,8 +85,10 @@ def check_combine(
         _check_tensor("out", out, out_partial, out_shape, _OUT_DTYPES)
     if lse is not None:
         _check_tensor("lse", lse, out_partial, lse_shape, (torch.float32,), last_stride=False)
-    for name, t in (("out", out), ("lse", lse)):
-        if t is not None and any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
+    for name, result in (("out", out), ("lse", lse)):
+        if result is None:
+            continue
+        if any(n > 1 and s == 0 for n, s in zip(result.shape, result.stride(), strict=True)):
             raise ValueError(
                 f"{_CALLER}: {name} is expanded (a stride is 0); every element needs its own place"
             )
@@ -112,9 +114,8 @@ def _check_tensor(
             f"{_CALLER}: {name} is on {t.device}; it must be on out_partial's device {like.device}"
         )
     if t.dtype not in dtypes:
-        raise ValueError(
-            f"{_CALLER}: {name} has dtype {t.dtype}; it must be one of {[str(d) for d in dtypes]}"
-        )
+        need = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{_CALLER}: {name} has dtype {t.dtype}; it must be {need}")
     if tuple(t.shape) != shape:
         raise ValueError(f"{_CALLER}: {name} has shape {tuple(t.shape)}; it must be {shape}")
     if last_stride and t.dim() > 0 and t.shape[-1] > 1 and t.stride(-1) != 1:

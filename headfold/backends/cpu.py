@@ -7,9 +7,9 @@ takes strided K and V, serves a group from its one KV head without expanding it,
 group, laid side by side as rows, read them once instead of G times. Splits become its batch dimension.
 `prefill` hands it queries as they are: they fill its blocks without folding.
 
-How a Plan reads here: `block_n` keys are a split (0: `num_splits` equal parts of each sequence); `num_stages` sequences (when one split holds a sequence)
-or splits (when it does not) go into one call; a prefill makes `head_units` calls to cover the KV heads, and
-`block_m` of its query positions share a mask.
+How a Plan reads here: `block_n` keys are a split, or 0: `num_splits` equal parts of each sequence.
+`num_stages` sequences (when one split holds a sequence) or splits (when it does not) go into one call; a prefill
+makes `head_units` calls to cover the KV heads, and `block_m` of its query positions share a mask.
 
 What the kernel returns for a row that a mask hides wholly is output 0 and LSE 0; `_states` mends that LSE.
 Causal calls of the kernel mask before they scale, which breaks for a scale <= 0; `_scaled` mends that.

@@ -1,0 +1,126 @@
+"""What only a GPU can show: graphs, streams, no synchronisation, real model shapes in bfloat16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import headfold
+from headfold import reference
+from headfold.problem import Inputs
+from tests.cases import assert_accurate
+
+pytestmark = pytest.mark.gpu
+
+
+def decode_inputs(h: int, hk: int, d: int, lengths: list[int], page_size: int = 16) -> Inputs:
+    """One query per sequence against a shuffled paged cache with room for the longest."""
+    batch, most = len(lengths), max(lengths)
+    per = -(-most // page_size)
+    q = torch.randn(batch, 1, h, d, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(batch * per, page_size, hk, d, device="cuda", dtype=torch.bfloat16)
+    table = torch.randperm(batch * per, device="cuda").int().view(batch, per)
+    return Inputs(
+        q,
+        k,
+        torch.randn_like(k),
+        page_table=table,
+        seqused_k=torch.tensor(lengths, dtype=torch.int32, device="cuda"),
+    )
+
+
+def call(x: Inputs, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The public function on these inputs."""
+    result = headfold.flash_attn_with_kvcache(
+        x.q, x.k, x.v, cache_seqlens=x.seqused_k, page_table=x.page_table, return_softmax_lse=True, out=out
+    )
+    assert isinstance(result, tuple)
+    return result
+
+
+@pytest.mark.parametrize(
+    "shape", [(32, 8, 128), (96, 8, 128), (16, 2, 256), (64, 8, 64), (28, 4, 128), (32, 1, 128)]
+)
+def test_a_captured_graph_follows_lengths_that_change(shape: tuple[int, int, int]) -> None:
+    """The plan comes from bounds and the kernel reads lengths: a replay may have any lengths below the capacity."""
+    x = decode_inputs(*shape, lengths=[3000, 1, 700, 2048])
+    assert x.seqused_k is not None
+    out = torch.empty_like(x.q)
+    call(x, out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, lse = call(x, out)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        x.seqused_k.copy_(torch.randint(0, 3001, (4,), generator=generator, dtype=torch.int32))
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_accurate(x, out, lse)
+
+
+def test_no_call_synchronises() -> None:
+    """Nothing is read back from the device: the host runs ahead of it."""
+    x = decode_inputs(32, 8, 128, lengths=[3000, 1, 700, 2048])
+    call(x)
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(x)
+        headfold.flash_attn_func(
+            *(torch.randn(1, 300, h, 64, device="cuda", dtype=torch.float16) for h in (4, 2, 2))
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_a_side_stream() -> None:
+    """Work goes to the current stream, and waits for what is there."""
+    x = decode_inputs(32, 8, 128, lengths=[5000] * 4)
+    expected, _ = call(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        x.q.mul_(1.0)
+        got, _ = call(x)
+    stream.synchronize()
+    assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize(
+    ("h", "hk", "d", "sq", "sk"),
+    [
+        (96, 8, 128, 1, 65536),
+        (32, 8, 128, 4, 8192),
+        (16, 2, 256, 1, 16384),
+        (32, 8, 128, 2048, 2048),
+        (8, 8, 64, 4000, 4096),
+    ],
+)
+def test_real_shapes_in_bfloat16(h: int, hk: int, d: int, sq: int, sk: int) -> None:
+    """Long contexts and many queries: the last group of the last sequence against float64."""
+    q = torch.randn(2, sq, h, d, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(2, sk, hk, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out, lse = headfold.flash_attn_func(q, k, v, causal=True, return_lse=True)
+    group = h // hk
+    part = Inputs(q[1:, :, -group:], k[1:, :, -1:], v[1:, :, -1:], window_right=0)
+    if sq * sk > 2**23:  # keep the float64 scores small: the last queries only
+        part.q, out, lse = part.q[:, -256:], out[:, -256:], lse[..., -256:]
+    assert_accurate(part, out[1:, :, -group:], lse[1:, -group:])
+    assert reference.queries_of(part, 0).shape[0] > 0
+
+
+def test_a_thousand_runs_give_the_same_bits() -> None:
+    """Splits, fixup and all, beside another stream that keeps the card busy."""
+    x = decode_inputs(32, 8, 128, lengths=[20000, 7, 9000])
+    first, first_lse = call(x)
+    busy = torch.randn(2048, 2048, device="cuda")
+    stream = torch.cuda.Stream()
+    for i in range(1000):
+        if i % 10 == 0:
+            with torch.cuda.stream(stream):
+                busy @ busy
+        again, again_lse = call(x)
+        assert torch.equal(first, again), i
+        assert torch.equal(first_lse, again_lse), i
