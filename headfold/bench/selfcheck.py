@@ -82,7 +82,7 @@ def _no_gpu() -> Iterator[Finding]:
         "GPU kernels",
         "note",
         "cannot run here",
-        "their tests still can, through Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpreter",
+        "their tests still can, through Triton's interpreter: make test runs them so",
     )
 
 
