@@ -126,13 +126,16 @@ def _check_tensor(
 
 def merge_on_cpu(out_partial: torch.Tensor, lse_partial: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge states along the first dimension in float32: out (..., d) and LSE (...)."""
-    lse = torch.logsumexp(lse_partial, dim=0)
-    weight = torch.exp(lse_partial - torch.where(lse == float("-inf"), torch.zeros_like(lse), lse)).unsqueeze(
-        -1
-    )
+    # Relative to the largest LSE, not to the merged one: that is rounded, and its error would scale the output.
+    top = lse_partial.amax(0)
+    top = torch.where(top == float("-inf"), torch.zeros_like(top), top)
+    weight = torch.exp(lse_partial - top)
+    total = weight.sum(0)
+    weight = weight.unsqueeze(-1)
     # The output of a state that saw no key may be anything, NaN included: it is replaced, not multiplied by 0.
     part = torch.where(weight > 0, out_partial.float(), torch.zeros((), device=out_partial.device))
-    return (part * weight).sum(0), lse
+    out = (part * weight).sum(0) / torch.where(total == 0, torch.ones_like(total), total).unsqueeze(-1)
+    return out, top + torch.log(total)
 
 
 def run_combine(

@@ -82,6 +82,8 @@ def decode_tile(rows: int, d: int, dv: int, dtype: torch.dtype, paged: bool, dev
             tile = Tile(block_m, min(keys, 64) if block_m == 64 else keys, 4, stages)
     while shared_memory(tile, d, dv, dtype) > device.smem and tile.keys > 16:
         tile = replace(tile, keys=tile.keys // 2)
+    while shared_memory(tile, d, dv, dtype) > device.smem and tile.rows > 16:
+        tile = replace(tile, rows=tile.rows // 2, warps=max(4, tile.warps // 2))
     return tile
 
 
