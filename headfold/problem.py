@@ -130,6 +130,10 @@ class Problem:
     num_splits: int = 0
     pack_gqa: bool | None = None
     sm_margin: int = 0
+    softcap: bool = False
+    attention_chunk: int = 0
+    tokens_per_split: int = 0
+    tensor_mask: bool = False
 
     @property
     def group(self) -> int:
@@ -361,6 +365,10 @@ def problem_of(x: Inputs) -> Problem:
         num_splits=x.num_splits,
         pack_gqa=x.pack_gqa,
         sm_margin=x.sm_margin,
+        softcap=x.softcap > 0,
+        attention_chunk=x.attention_chunk,
+        tokens_per_split=x.tokens_per_split,
+        tensor_mask=x.mask is not None or x.tree_mask is not None,
     )
 
 

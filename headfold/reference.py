@@ -74,9 +74,15 @@ def attend(
     scores = (scores + bias).masked_fill(~seen, float("-inf"))
     if sink is not None:
         scores = torch.cat([scores, sink[:, None, None].expand(h, q.shape[0], 1)], dim=-1)
-    lse = torch.logsumexp(scores, dim=-1) if scores.shape[-1] else scores.new_full(scores.shape[:2], float("-inf"))
+    lse = (
+        torch.logsumexp(scores, dim=-1)
+        if scores.shape[-1]
+        else scores.new_full(scores.shape[:2], float("-inf"))
+    )
     p = torch.exp(scores - lse.unsqueeze(-1))[..., : k.shape[0]]
-    p = torch.where(scores[..., : k.shape[0]] > float("-inf"), p, torch.zeros_like(p))  # exp(-inf + inf) means 0
+    p = torch.where(
+        scores[..., : k.shape[0]] > float("-inf"), p, torch.zeros_like(p)
+    )  # exp(-inf + inf) means 0
     return torch.einsum("hqk,khd->qhd", p, v), lse
 
 
@@ -103,7 +109,10 @@ def mask_of(x: Inputs, i: int, sq: int, sk: int) -> tuple[torch.Tensor, torch.Te
         if mask.dtype == torch.bool:
             seen = seen & mask
         else:
-            seen, bias = seen & (mask > float("-inf")), bias + mask.double().masked_fill(mask == float("-inf"), 0.0)
+            seen, bias = (
+                seen & (mask > float("-inf")),
+                bias + mask.double().masked_fill(mask == float("-inf"), 0.0),
+            )
     return seen, bias
 
 

@@ -83,6 +83,8 @@ def constants(plan: Plan, head_dim: int, head_dim_v: int, aligned: bool, itemsiz
         "BLOCK_N": plan.block_n,
         "ALIGN": 16 // itemsize if aligned else 1,
         "SEARCH": plan.search_tiles,
+        "SOFTCAP": plan.softcap,
+        "CHUNKED": plan.chunked,
     }
     if plan.kernel == "prefill":
         values["TMA"] = plan.use_tma
@@ -108,7 +110,11 @@ def _launch(
     k_strides = (0, x.k.stride(0), x.k.stride(1)) if ragged_k else x.k.stride()[:3]
     v_strides = (0, x.v.stride(0), x.v.stride(1)) if ragged_k else x.v.stride()[:3]
     page_size = x.k.shape[1] if paged else 1
-    scale = x.scale
+    # tanh bounds the scores before the exponential: its factor takes the scale's place.
+    scale, softcap_scale = (x.softcap, abs(x.scale) / x.softcap) if x.softcap > 0 else (x.scale, 0.0)
+    slopes_stride = (
+        x.alibi_slopes.stride(0) if x.alibi_slopes is not None and x.alibi_slopes.dim() == 2 else 0
+    )
     aligned = all(is_aligned(t) for t in (x.q, x.k, x.v, out))
     arguments = (
         x.q,
@@ -138,8 +144,20 @@ def _launch(
         OPEN_SIDE if x.window_left < 0 else min(x.window_left, OPEN_SIDE),
         OPEN_SIDE if x.window_right < 0 else min(x.window_right, OPEN_SIDE),
         int(x.bottom_right),
-        -1.0 if scale < 0 else 1.0,
+        -1.0 if x.scale < 0 else 1.0,
         abs(scale) * math.log2(math.e),
+        softcap_scale,
+        max(1, x.attention_chunk),
+        x.tokens_per_split,
+        x.sink,
+        x.alibi_slopes,
+        slopes_stride,
+        x.mask,
+        *(x.mask.stride() if x.mask is not None else (0, 0, 0, 0)),
+        x.tree_mask,
+        *(x.tree_mask.stride()[:2] if x.tree_mask is not None else (0, 0)),
+        x.cache_batch_idx,
+        x.cache_leftpad,
     )
     variant = constants(plan, x.q.shape[-1], x.v.shape[-1], aligned, x.q.element_size())
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from headfold.kernels.parts.attend import attend
 from headfold.kernels.parts.fold import fold_rows
-from headfold.kernels.parts.kv import aligned
+from headfold.kernels.parts.kv import aligned, sequence_keys
 from headfold.kernels.parts.spans import sequence_span, visible_keys
 from headfold.kernels.parts.tile import empty_state, load_queries, locate, store_result, tile_keys
 from headfold.kernels.specialize import INTEGERS
@@ -58,6 +58,22 @@ def decode_kernel(
     bottom_right: tl.int32,
     sign: tl.float32,
     scale_log2: tl.float32,
+    softcap_scale: tl.float32,
+    chunk: tl.int32,
+    tokens_per_split: tl.int32,
+    Sink,
+    Slopes,
+    slopes_stride_b: tl.int64,
+    Mask,
+    mask_stride_b: tl.int64,
+    mask_stride_h: tl.int64,
+    mask_stride_q: tl.int64,
+    mask_stride_k: tl.int64,
+    Tree,
+    tree_stride_b: tl.int64,
+    tree_stride_q: tl.int64,
+    cache_batch_idx,
+    cache_leftpad,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     D0: tl.constexpr,
@@ -68,8 +84,14 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
     SEARCH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CHUNKED: tl.constexpr,
 ):
-    """Grid: (tiles, head units, splits). Lengths are read here, so a captured graph may change them."""
+    """Grid: (tiles, head units, splits). Lengths are read here, so a captured graph may change them.
+
+    A split is an equal share of the tile's blocks, or with tokens_per_split > 0 the keys from split *
+    tokens_per_split on: then it does not depend on the other sequences of the batch.
+    """
     unit = tl.program_id(1)
     split = tl.program_id(2)
     seq, tile = locate(tl.program_id(0), tiles_per_sequence, cu_seqlens_q, batch, fold, BLOCK_M, SEARCH)
@@ -83,21 +105,29 @@ def decode_kernel(
         seq, cu_seqlens_q, seqused_q, sq_capacity, aligned(out_stride_b, ALIGN), aligned(out_stride_s, ALIGN)
     )
     lse_offset, _ = sequence_span(seq, cu_seqlens_q, seqused_q, sq_capacity, lse_stride_b, lse_stride_s)
-    k_offset, sk = sequence_span(
-        seq, cu_seqlens_k, seqused_k, sk_capacity, aligned(k_stride_b, ALIGN), aligned(k_stride_s, ALIGN)
-    )
-    v_offset, _ = sequence_span(
-        seq, cu_seqlens_k, seqused_k, sk_capacity, aligned(v_stride_b, ALIGN), aligned(v_stride_s, ALIGN)
-    )
     kv_head = (unit * fold // group).to(tl.int64)
     K += kv_head * aligned(k_stride_h, ALIGN)
     V += kv_head * aligned(v_stride_h, ALIGN)
+    pad = 0
+    if cache_leftpad is not None:
+        pad = tl.load(cache_leftpad + seq)
+    k_offset, v_offset, cache_row, sk = sequence_keys(
+        seq,
+        pad,
+        cu_seqlens_k,
+        seqused_k,
+        cache_batch_idx,
+        sk_capacity,
+        (k_stride_b, k_stride_s),
+        (v_stride_b, v_stride_s),
+        ALIGN,
+    )
     table = page_table
     if page_table is None:
         K += k_offset
         V += v_offset
     else:
-        table = page_table + seq.to(tl.int64) * table_stride
+        table = page_table + cache_row.to(tl.int64) * table_stride
 
     row, position, head = fold_rows(first_row, fold, BLOCK_M)
     live = row < sq * fold
@@ -107,13 +137,29 @@ def decode_kernel(
     )
     queries = load_queries(Q + q_offset, q_rows, live, sign, HEAD_DIM, D0, D1)
     shift, key_low, key_high, full_low, full_high = tile_keys(
-        first_row, sq, sk, fold, bottom_right, window_left, window_right, BLOCK_M
+        first_row, sq, sk, fold, bottom_right, window_left, window_right, chunk, BLOCK_M, CHUNKED
     )
-    row_low, row_high = visible_keys(position, shift, window_left, window_right, sk)
+    row_low, row_high = visible_keys(position, shift, window_left, window_right, chunk, sk, CHUNKED)
+    slope = None
+    if Slopes is not None:
+        slope = tl.load(Slopes + seq * slopes_stride_b + head, mask=live, other=0.0).to(tl.float32)
+    mask_rows = None
+    if Mask is not None:
+        mask_rows = (
+            position.to(tl.int64) * mask_stride_q + head.to(tl.int64) * mask_stride_h + seq * mask_stride_b
+        )
+    tree_rows = None
+    if Tree is not None:
+        tree_rows = position.to(tl.int64) * tree_stride_q + seq * tree_stride_b
     blocks = tl.maximum(tl.cdiv(key_high - key_low, BLOCK_N), 0)
-    share = tl.cdiv(blocks, tl.num_programs(2))
-    first_block = tl.minimum(split * share, blocks)
-    last_block = tl.minimum(first_block + share, blocks)
+    share = tl.cdiv(blocks, tl.num_programs(2)) * BLOCK_N
+    start = key_low + split * share
+    if tokens_per_split > 0:
+        share = tokens_per_split
+        start = split * share
+    split_high = tl.minimum(start + share, key_high)
+    split_low = tl.minimum(tl.maximum(start, key_low), split_high)
+    row_high = tl.minimum(row_high, split_high)
     # Every block is masked: memory sets the pace here, and one loop keeps the program small.
     state = empty_state(BLOCK_M, DV0, DV1)
     state = attend(
@@ -124,16 +170,25 @@ def decode_kernel(
         None,
         None,
         table,
-        first_block,
-        last_block,
-        key_low,
-        key_high,
+        0,
+        tl.cdiv(split_high - split_low, BLOCK_N),
+        split_low,
+        split_high,
         row_low,
         row_high,
+        position + shift,
+        slope,
+        Mask,
+        mask_rows,
+        mask_stride_k,
+        Tree,
+        tree_rows,
+        (sq, sk),
+        live,
         (k_stride_b, k_stride_s),
         (v_stride_b, v_stride_s),
-        (page_size, page_magic, page_shift),
-        scale_log2,
+        (page_size, page_magic, page_shift, pad),
+        (scale_log2, softcap_scale),
         HEAD_DIM,
         HEAD_DIM_V,
         D0,
@@ -142,6 +197,7 @@ def decode_kernel(
         DV1,
         BLOCK_N,
         ALIGN,
+        SOFTCAP,
         True,
         False,
     )
@@ -150,4 +206,19 @@ def decode_kernel(
     lse_rows = (
         lse_offset + split * lse_stride_split + position.to(tl.int64) * lse_stride_s + head * lse_stride_h
     )
-    store_result(state, Out, Lse, out_rows, lse_rows, live, scale_log2, HEAD_DIM_V, DV0, DV1)
+    store_result(
+        state,
+        Out,
+        Lse,
+        out_rows,
+        lse_rows,
+        live,
+        head,
+        Sink,
+        split == 0,
+        Slopes is not None or Mask is not None,
+        scale_log2,
+        HEAD_DIM_V,
+        DV0,
+        DV1,
+    )

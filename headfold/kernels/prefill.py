@@ -8,7 +8,7 @@ import triton.language as tl
 
 from headfold.kernels.parts.attend import attend
 from headfold.kernels.parts.fold import fold_rows
-from headfold.kernels.parts.kv import aligned
+from headfold.kernels.parts.kv import aligned, sequence_keys
 from headfold.kernels.parts.spans import sequence_span, visible_keys
 from headfold.kernels.parts.tile import empty_state, load_queries, locate, store_result, tile_keys
 from headfold.kernels.specialize import INTEGERS
@@ -58,6 +58,22 @@ def prefill_kernel(
     bottom_right: tl.int32,
     sign: tl.float32,
     scale_log2: tl.float32,
+    softcap_scale: tl.float32,
+    chunk: tl.int32,
+    tokens_per_split: tl.int32,
+    Sink,
+    Slopes,
+    slopes_stride_b: tl.int64,
+    Mask,
+    mask_stride_b: tl.int64,
+    mask_stride_h: tl.int64,
+    mask_stride_q: tl.int64,
+    mask_stride_k: tl.int64,
+    Tree,
+    tree_stride_b: tl.int64,
+    tree_stride_q: tl.int64,
+    cache_batch_idx,
+    cache_leftpad,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     D0: tl.constexpr,
@@ -68,6 +84,8 @@ def prefill_kernel(
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
     SEARCH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CHUNKED: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """Grid: (tiles, head units), later tiles of a sequence first: under a causal mask they are the long ones."""
@@ -85,21 +103,29 @@ def prefill_kernel(
         seq, cu_seqlens_q, seqused_q, sq_capacity, aligned(out_stride_b, ALIGN), aligned(out_stride_s, ALIGN)
     )
     lse_offset, _ = sequence_span(seq, cu_seqlens_q, seqused_q, sq_capacity, lse_stride_b, lse_stride_s)
-    k_offset, sk = sequence_span(
-        seq, cu_seqlens_k, seqused_k, sk_capacity, aligned(k_stride_b, ALIGN), aligned(k_stride_s, ALIGN)
-    )
-    v_offset, _ = sequence_span(
-        seq, cu_seqlens_k, seqused_k, sk_capacity, aligned(v_stride_b, ALIGN), aligned(v_stride_s, ALIGN)
-    )
     kv_head = (unit * fold // group).to(tl.int64)
     K += kv_head * aligned(k_stride_h, ALIGN)
     V += kv_head * aligned(v_stride_h, ALIGN)
+    pad = 0
+    if cache_leftpad is not None:
+        pad = tl.load(cache_leftpad + seq)
+    k_offset, v_offset, cache_row, sk = sequence_keys(
+        seq,
+        pad,
+        cu_seqlens_k,
+        seqused_k,
+        cache_batch_idx,
+        sk_capacity,
+        (k_stride_b, k_stride_s),
+        (v_stride_b, v_stride_s),
+        ALIGN,
+    )
     table = page_table
     if page_table is None:
         K += k_offset
         V += v_offset
     else:
-        table = page_table + seq.to(tl.int64) * table_stride
+        table = page_table + cache_row.to(tl.int64) * table_stride
 
     row, position, head = fold_rows(first_row, fold, BLOCK_M)
     live = row < sq * fold
@@ -109,14 +135,28 @@ def prefill_kernel(
     )
     queries = load_queries(Q + q_offset, q_rows, live, sign, HEAD_DIM, D0, D1)
     shift, key_low, key_high, full_low, full_high = tile_keys(
-        first_row, sq, sk, fold, bottom_right, window_left, window_right, BLOCK_M
+        first_row, sq, sk, fold, bottom_right, window_left, window_right, chunk, BLOCK_M, CHUNKED
     )
-    row_low, row_high = visible_keys(position, shift, window_left, window_right, sk)
+    row_low, row_high = visible_keys(position, shift, window_left, window_right, chunk, sk, CHUNKED)
+    slope = None
+    if Slopes is not None:
+        slope = tl.load(Slopes + seq * slopes_stride_b + head, mask=live, other=0.0).to(tl.float32)
+    mask_rows = None
+    if Mask is not None:
+        mask_rows = (
+            position.to(tl.int64) * mask_stride_q + head.to(tl.int64) * mask_stride_h + seq * mask_stride_b
+        )
+    tree_rows = None
+    if Tree is not None:
+        tree_rows = position.to(tl.int64) * tree_stride_q + seq * tree_stride_b
     blocks = tl.maximum(tl.cdiv(key_high - key_low, BLOCK_N), 0)
     # Blocks [0, left) and [right, blocks) hold a key that some row does not see.
     left = tl.minimum(tl.cdiv(tl.maximum(full_low - key_low, 0), BLOCK_N), blocks)
     right = tl.maximum(tl.maximum(full_high - key_low, 0) // BLOCK_N, left)
     right = tl.minimum(right, blocks)
+    if Mask is not None or Tree is not None:
+        left = blocks
+        right = blocks
 
     k_desc = None
     v_desc = None
@@ -139,10 +179,19 @@ def prefill_kernel(
         key_high,
         row_low,
         row_high,
+        position + shift,
+        slope,
+        Mask,
+        mask_rows,
+        mask_stride_k,
+        Tree,
+        tree_rows,
+        (sq, sk),
+        live,
         (k_stride_b, k_stride_s),
         (v_stride_b, v_stride_s),
-        (page_size, page_magic, page_shift),
-        scale_log2,
+        (page_size, page_magic, page_shift, pad),
+        (scale_log2, softcap_scale),
         HEAD_DIM,
         HEAD_DIM_V,
         D0,
@@ -151,68 +200,105 @@ def prefill_kernel(
         DV1,
         BLOCK_N,
         ALIGN,
+        SOFTCAP,
         True,
         TMA,
     )
-    state = attend(
-        state,
-        queries,
-        K,
-        V,
-        k_desc,
-        v_desc,
-        table,
-        left,
-        right,
-        key_low,
-        key_high,
-        row_low,
-        row_high,
-        (k_stride_b, k_stride_s),
-        (v_stride_b, v_stride_s),
-        (page_size, page_magic, page_shift),
-        scale_log2,
-        HEAD_DIM,
-        HEAD_DIM_V,
-        D0,
-        D1,
-        DV0,
-        DV1,
-        BLOCK_N,
-        ALIGN,
-        False,
-        TMA,
-    )
-    state = attend(
-        state,
-        queries,
-        K,
-        V,
-        k_desc,
-        v_desc,
-        table,
-        right,
-        blocks,
-        key_low,
-        key_high,
-        row_low,
-        row_high,
-        (k_stride_b, k_stride_s),
-        (v_stride_b, v_stride_s),
-        (page_size, page_magic, page_shift),
-        scale_log2,
-        HEAD_DIM,
-        HEAD_DIM_V,
-        D0,
-        D1,
-        DV0,
-        DV1,
-        BLOCK_N,
-        ALIGN,
-        True,
-        TMA,
-    )
-    out_rows = position.to(tl.int64) * aligned(out_stride_s, ALIGN) + head * aligned(out_stride_h, ALIGN)
+    if Mask is None and Tree is None:
+        state = attend(
+            state,
+            queries,
+            K,
+            V,
+            k_desc,
+            v_desc,
+            table,
+            left,
+            right,
+            key_low,
+            key_high,
+            row_low,
+            row_high,
+            position + shift,
+            slope,
+            Mask,
+            mask_rows,
+            mask_stride_k,
+            Tree,
+            tree_rows,
+            (sq, sk),
+            live,
+            (k_stride_b, k_stride_s),
+            (v_stride_b, v_stride_s),
+            (page_size, page_magic, page_shift, pad),
+            (scale_log2, softcap_scale),
+            HEAD_DIM,
+            HEAD_DIM_V,
+            D0,
+            D1,
+            DV0,
+            DV1,
+            BLOCK_N,
+            ALIGN,
+            SOFTCAP,
+            False,
+            TMA,
+        )
+        state = attend(
+            state,
+            queries,
+            K,
+            V,
+            k_desc,
+            v_desc,
+            table,
+            right,
+            blocks,
+            key_low,
+            key_high,
+            row_low,
+            row_high,
+            position + shift,
+            slope,
+            Mask,
+            mask_rows,
+            mask_stride_k,
+            Tree,
+            tree_rows,
+            (sq, sk),
+            live,
+            (k_stride_b, k_stride_s),
+            (v_stride_b, v_stride_s),
+            (page_size, page_magic, page_shift, pad),
+            (scale_log2, softcap_scale),
+            HEAD_DIM,
+            HEAD_DIM_V,
+            D0,
+            D1,
+            DV0,
+            DV1,
+            BLOCK_N,
+            ALIGN,
+            SOFTCAP,
+            True,
+            TMA,
+        )
     Out += out_offset
+    out_rows = position.to(tl.int64) * aligned(out_stride_s, ALIGN) + head * aligned(out_stride_h, ALIGN)
     lse_rows = lse_offset + position.to(tl.int64) * lse_stride_s + head * lse_stride_h
-    store_result(state, Out, Lse, out_rows, lse_rows, live, scale_log2, HEAD_DIM_V, DV0, DV1)
+    store_result(
+        state,
+        Out,
+        Lse,
+        out_rows,
+        lse_rows,
+        live,
+        head,
+        Sink,
+        True,
+        Slopes is not None or Mask is not None,
+        scale_log2,
+        HEAD_DIM_V,
+        DV0,
+        DV1,
+    )

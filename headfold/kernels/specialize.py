@@ -7,7 +7,9 @@ INTEGERS = (
     "q_stride_b q_stride_s q_stride_h k_stride_b k_stride_s k_stride_h v_stride_b v_stride_s v_stride_h "
     "out_stride_split out_stride_b out_stride_s out_stride_h "
     "lse_stride_split lse_stride_b lse_stride_s lse_stride_h table_stride "
-    "page_size page_magic page_shift window_left window_right bottom_right"
+    "page_size page_magic page_shift window_left window_right bottom_right "
+    "chunk tokens_per_split slopes_stride_b mask_stride_b mask_stride_h mask_stride_q mask_stride_k "
+    "tree_stride_b tree_stride_q"
 ).split()
 FIXUP_INTEGERS = (
     "num_splits rows heads batch po_stride_split po_stride_b po_stride_s po_stride_h "

@@ -36,7 +36,9 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
         prefill = prefill_tile(p.head_dim, p.head_dim_v, p.dtype, tma_possible(p), device)
         whole, _, _ = count_tiles(p, fold, prefill.rows)
         if splits == 1 or whole * units >= usable:
-            reasons.append(f"{rows} folded rows a sequence fill {whole * units} tiles of {prefill.rows}: no split needed")
+            reasons.append(
+                f"{rows} folded rows a sequence fill {whole * units} tiles of {prefill.rows}: no split needed"
+            )
             return _plan(p, device, "prefill", prefill, fold, 1, reasons)
         reasons.append(f"{whole * units} tiles leave multiprocessors idle: keys are split instead")
     how = "forced by num_splits" if p.num_splits else f"over {blocks} block{'s' if blocks > 1 else ''}"
@@ -134,6 +136,8 @@ def _plan(
         dv_parts=split_dim(p.head_dim_v),
         use_tma=tile.tma,
         search_tiles=search,
+        softcap=p.softcap,
+        chunked=p.attention_chunk > 0,
         workspace=splits * p.total_q * p.num_heads * (row_width + 1) * 4 if splits > 1 else 0,
         shared_memory=shared_memory(tile, p.head_dim, p.head_dim_v, p.dtype),
         reasons=tuple(reasons),

@@ -39,6 +39,8 @@ class Plan:
     dv_parts: tuple[int, int] = (0, 0)
     use_tma: bool = False
     search_tiles: bool = False
+    softcap: bool = False
+    chunked: bool = False
     workspace: int = 0
     shared_memory: int = 0
     reasons: tuple[str, ...] = ()

@@ -29,6 +29,27 @@ def softmax_step(scores, visible, row_max, row_sum, scale_log2, MASKED: tl.const
 
 
 @triton.jit
+def soft_cap(scores, scale):
+    """tanh(scores * scale) from one exponential, exact at both ends."""
+    return 1.0 - 2.0 / (tl.exp2(scores * (scale * 2.8853900817779268)) + 1.0)
+
+
+@triton.jit
+def add_sink(acc0, acc1, row_max, row_sum, sink, scale_log2):
+    """Take a logit with no value into the softmax of a state whose maximum is in units of 1 / scale_log2.
+
+    Returns the state with its maximum in log2 units. A row without a key ends with the sink alone.
+    """
+    row_max = tl.where(row_max == float("-inf"), row_max, row_max * scale_log2)
+    sink = sink * 1.4426950408889634
+    new_max = tl.maximum(row_max, sink)
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    shrink = tl.exp2(row_max - safe_max)
+    row_sum = row_sum * shrink + tl.exp2(sink - safe_max)
+    return acc0 * shrink[:, None], acc1 * shrink[:, None], new_max, row_sum
+
+
+@triton.jit
 def softmax_finish(row_max, row_sum, scale_log2):
     """(1 / row sum, LSE in natural log); a row that saw no key gets factor 0 and LSE -inf."""
     empty = row_sum == 0.0

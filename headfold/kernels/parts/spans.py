@@ -40,11 +40,17 @@ def sequence_span(seq, cu_seqlens, seqused, capacity, stride_batch, stride_row):
 
 
 @triton.jit
-def visible_keys(position, shift, window_left, window_right, sk):
+def visible_keys(position, shift, window_left, window_right, chunk, sk, CHUNKED: tl.constexpr):
     """Half-open range [low, high) of keys that a query position sees. Works on scalars and tensors.
 
-    An open side comes as 2**30, which is above any length, so one kernel serves every mask of this kind.
+    An open side comes as 2**30, which is above any length, so one kernel serves every mask of this kind. Both
+    ends never decrease with the position: a tile's keys follow from its first and last row.
     """
     low = tl.maximum(position + shift - window_left, 0)
     high = tl.minimum(position + shift + window_right + 1, sk)
+    if CHUNKED:
+        # A query before the first key has no chunk that a key could share.
+        start = tl.maximum(position + shift, 0) // chunk * chunk
+        low = tl.maximum(low, start)
+        high = tl.where(position + shift < 0, 0, tl.minimum(high, start + chunk))
     return low, high

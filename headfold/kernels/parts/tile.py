@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from headfold.kernels.parts.fold import load_rows, store_rows
-from headfold.kernels.parts.softmax import softmax_finish
+from headfold.kernels.parts.softmax import add_sink, softmax_finish
 from headfold.kernels.parts.spans import find_sequence, visible_keys
 
 
@@ -30,13 +30,24 @@ def load_queries(Q, rows, live, sign, HEAD_DIM: tl.constexpr, D0: tl.constexpr, 
 
 
 @triton.jit
-def tile_keys(first_row, sq, sk, fold, bottom_right, window_left, window_right, BLOCK_M: tl.constexpr):
+def tile_keys(
+    first_row,
+    sq,
+    sk,
+    fold,
+    bottom_right,
+    window_left,
+    window_right,
+    chunk,
+    BLOCK_M: tl.constexpr,
+    CHUNKED: tl.constexpr,
+):
     """What the mask leaves of the keys of a tile: (shift of the diagonal, first key that any row sees, end of
     the keys that any row sees, first key that all rows see, end of the keys that all rows see)."""
     shift = (sk - sq) * bottom_right
     last_row = tl.minimum(first_row + BLOCK_M, sq * fold) - 1
-    low, full_high = visible_keys(first_row // fold, shift, window_left, window_right, sk)
-    full_low, high = visible_keys(last_row // fold, shift, window_left, window_right, sk)
+    low, full_high = visible_keys(first_row // fold, shift, window_left, window_right, chunk, sk, CHUNKED)
+    full_low, high = visible_keys(last_row // fold, shift, window_left, window_right, chunk, sk, CHUNKED)
     return shift, low, high, full_low, full_high
 
 
@@ -58,14 +69,25 @@ def store_result(
     out_rows,
     lse_rows,
     live,
+    head,
+    Sink,
+    with_sink,
+    IN_LOG2: tl.constexpr,
     scale_log2,
     HEAD_DIM_V: tl.constexpr,
     DV0: tl.constexpr,
     DV1: tl.constexpr,
 ):
-    """Finish a tile's state and write its live rows."""
-    inverse, lse = softmax_finish(state[2], state[3], scale_log2)
-    store_rows(Out, out_rows, live, state[0] * inverse[:, None], HEAD_DIM_V, 0, DV0)
+    """Finish a tile's state and write its live rows. Of several splits of a tile one takes the sink."""
+    acc0, acc1, row_max, row_sum = state
+    unit_log2 = 1.0 if IN_LOG2 else scale_log2
+    if Sink is not None:
+        sink = tl.load(Sink + head, mask=live, other=0.0).to(tl.float32)
+        sink = tl.where(with_sink, sink, float("-inf"))
+        acc0, acc1, row_max, row_sum = add_sink(acc0, acc1, row_max, row_sum, sink, unit_log2)
+        unit_log2 = 1.0
+    inverse, lse = softmax_finish(row_max, row_sum, unit_log2)
+    store_rows(Out, out_rows, live, acc0 * inverse[:, None], HEAD_DIM_V, 0, DV0)
     if DV1 > 0:
-        store_rows(Out, out_rows, live, state[1] * inverse[:, None], HEAD_DIM_V, DV0, DV1)
+        store_rows(Out, out_rows, live, acc1 * inverse[:, None], HEAD_DIM_V, DV0, DV1)
     tl.store(Lse + lse_rows, lse, mask=live)
