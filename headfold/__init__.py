@@ -5,6 +5,7 @@ The public names load on first use, so that `headfold --help` does not wait for 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -15,24 +16,34 @@ if TYPE_CHECKING:
         flash_attn_func,
         flash_attn_varlen_func,
         flash_attn_with_kvcache,
+        get_scheduler_metadata,
     )
+    from headfold.kv_cache import PagedKVCache
     from headfold.sdpa import scaled_dot_product_attention
+    from headfold.states import merge_states
 
 __all__ = [
+    "PagedKVCache",
     "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+    "merge_states",
     "scaled_dot_product_attention",
 ]
+
+_HOMES = {
+    "PagedKVCache": "headfold.kv_cache",
+    "merge_states": "headfold.states",
+    "scaled_dot_product_attention": "headfold.sdpa",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'headfold' has no attribute {name!r}")
-    from headfold import interface, sdpa
-
-    value = getattr(sdpa if name == "scaled_dot_product_attention" else interface, name)
+    value = getattr(import_module(_HOMES.get(name, "headfold.interface")), name)
     globals()[name] = value  # found at once from now on
     return value
 

@@ -1,14 +1,11 @@
 """PagedKVCache: keys and values in pages, made for flash_attn_with_kvcache.
 
-Who owns which page is decided on the host, from what the host knows; the device holds what a kernel reads: the
-pages, `page_table` and `lengths`. A call sends at most one small copy to the device and waits for nothing.
+Who owns which page is decided on the host, from what the host knows; the device holds what a kernel reads: pages,
+`page_table` and `lengths`. A call sends at most one small copy to the device and waits for nothing. It is drawn up
+as a `_Change` first and carried out only when all of it is known to be possible: a call that raises changed nothing.
 
-Every change is drawn up as a `_Change` first. Only when all of it is known to be possible is it carried out, so
-that a call which raises has changed nothing.
-
-Sharing: a page is shared only up to what its owners had in common, and a page that is written belongs to one
-sequence. `fork` shares full pages and copies a last, partial one; `truncate` can leave a sequence that ends inside
-a shared page, and the next `append` or `reserve` moves it to a page of its own first.
+A page that is written belongs to one sequence. `fork` shares full pages and copies a last, partial one; `truncate`
+can leave a sequence that ends inside a shared page: its next `append` or `reserve` first copies that page.
 """
 
 from __future__ import annotations
@@ -20,7 +17,8 @@ from typing import Any
 
 import torch
 
-from headfold.problem import DTYPES, MAX_HEAD_DIM, MAX_SEQLEN, value_checks_enabled
+from headfold.problem import DTYPES, MAX_HEAD_DIM, MAX_SEQLEN
+from headfold.values import value_checks_enabled
 
 Ints = int | Sequence[int]
 
@@ -30,7 +28,7 @@ class OutOfPages(RuntimeError):
 
 
 class OutOfSequences(RuntimeError):
-    """All max_sequences rows of the page table are taken. Nothing was changed."""
+    """The page table has fewer free rows than a call needs. Nothing was changed."""
 
 
 @dataclass(slots=True)
@@ -43,49 +41,182 @@ class _Sequence:
 
 @dataclass(slots=True)
 class _Change:
-    """What a call will do.
+    """What a call will do."""
 
-    tails: sequence id -> (first, pages): its pages from index `first` on become these.
-    lengths: sequence id -> new length.
-    copies: (from page, to page, tokens) on the device.
-    taken, shared, dropped: pages that leave the free list, gain an owner, lose one.
-    """
-
-    tails: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
+    tails: dict[int, tuple[int, list[int]]] = field(
+        default_factory=dict
+    )  # id -> (first, its pages from there on)
     lengths: dict[int, int] = field(default_factory=dict)
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
-    taken: int = 0
-    shared: list[int] = field(default_factory=list)
-    dropped: list[int] = field(default_factory=list)
+    copies: list[tuple[int, int, int]] = field(default_factory=list)  # (from page, to page, tokens)
+    taken: int = 0  # pages that leave the free list
+    shared: list[int] = field(default_factory=list)  # pages that gain an owner
+    dropped: list[int] = field(default_factory=list)  # pages that lose one
+
+
+@dataclass(slots=True)
+class _Ledger:
+    """Who owns which page: the host's half of the cache. Draws up changes and does their bookkeeping."""
+
+    page_size: int
+    free: list[int]
+    free_ids: list[int]
+    owners: list[int]
+    sequences: dict[int, _Sequence] = field(default_factory=dict)
+
+    def opened(self, counts: list[int]) -> _Change:
+        """New sequences with pages for so many tokens each."""
+        change = _Change()
+        for i, n in zip(self._new_ids(len(counts)), counts, strict=True):
+            self._grow(change, i, _Sequence([], 0), n)
+            change.lengths[i] = 0
+        return change
+
+    def forked(self, i: int) -> _Change:
+        """A new sequence with the tokens of sequence i."""
+        source = self.sequences[i]
+        full, rest = divmod(source.length, self.page_size)
+        (new,) = self._new_ids(1)
+        change = _Change(lengths={new: source.length}, shared=source.pages[:full])
+        tail = list(change.shared)
+        if rest:
+            tail.append(self._take(change))
+            change.copies.append((source.pages[full], tail[-1], rest))
+        change.tails[new] = 0, tail
+        return change
+
+    def grown(self, ids: list[int], counts: list[int]) -> _Change:
+        """Room for so many more tokens each, in pages that the sequence alone owns."""
+        change = _Change()
+        for i, n in zip(ids, counts, strict=True):
+            self._grow(change, i, self.sequences[i], n)
+        return change
+
+    def cut(self, ids: list[int], lengths: list[int]) -> _Change:
+        """Shorter sequences, without the pages past their ends."""
+        change = _Change(lengths=dict(zip(ids, lengths, strict=True)))
+        for i, n in change.lengths.items():
+            keep = -(-n // self.page_size)
+            change.tails[i] = keep, []
+            change.dropped += self.sequences[i].pages[keep:]
+        return change
+
+    def longer(self, ids: list[int], counts: list[int]) -> dict[int, int]:
+        """Lengths with so many tokens more."""
+        return {i: self.sequences[i].length + n for i, n in zip(ids, counts, strict=True)}
+
+    def room(self, i: int) -> int:
+        """Tokens that may be written behind sequence i now."""
+        s = self.sequences[i]
+        return 0 if self._ends_shared(s) else len(s.pages) * self.page_size - s.length
+
+    def slots(self, change: _Change, ids: list[int], counts: list[int]) -> list[int]:
+        """Where the next tokens of each sequence go once the change is done."""
+        slots: list[int] = []
+        for i, n in zip(ids, counts, strict=True):
+            first, at = divmod(self.sequences[i].length, self.page_size)
+            pages = change.tails[i][1] if i in change.tails else self.sequences[i].pages[first:]
+            end = at + n
+            for page in pages[: -(-end // self.page_size)]:
+                start = page * self.page_size
+                slots.extend(range(start + at, start + min(end, self.page_size)))
+                at, end = 0, end - self.page_size
+        return slots
+
+    def new_cells(self, change: _Change) -> list[tuple[int, int, int]]:
+        """(row, column, page) of the page table that the change alters."""
+        cells = []
+        for i, (first, tail) in change.tails.items():
+            had = self.sequences[i].pages[first:] if i in self.sequences else []
+            cells += [(i, first + j, page) for j, page in enumerate(tail) if had[j : j + 1] != [page]]
+        return cells
+
+    def commit(self, change: _Change) -> None:
+        """Do the change; `refuse_if_out` let it through."""
+        for _ in range(change.taken):
+            self.owners[self.free.pop()] = 1
+        for page in change.shared:
+            self.owners[page] += 1
+        for page in change.dropped:
+            self.owners[page] -= 1
+            if self.owners[page] == 0:
+                self.free.append(page)
+        for i, (first, tail) in change.tails.items():
+            if i not in self.sequences:
+                self.sequences[self.free_ids.pop()] = _Sequence([], 0)
+            self.sequences[i].pages[first:] = tail
+        for i, n in change.lengths.items():
+            self.sequences[i].length = n
+
+    def close(self, ids: list[int]) -> None:
+        """Forget sequences that own no page any more."""
+        for i in ids:
+            del self.sequences[i]
+        self.free_ids.extend(ids)
+
+    def refuse_if_out(self, change: _Change) -> None:
+        """Raise OutOfPages if the change takes more pages than are free."""
+        if change.taken > len(self.free):
+            free = f"{len(self.free)} of {len(self.owners)} are free"
+            raise OutOfPages(
+                f"PagedKVCache: {change.taken} more pages are needed and {free}; nothing was changed"
+            )
+
+    def _new_ids(self, n: int) -> list[int]:
+        if n > len(self.free_ids):
+            free = f"{len(self.free_ids)} of {len(self.free_ids) + len(self.sequences)} rows are free"
+            raise OutOfSequences(
+                f"PagedKVCache: {n} more sequences are needed and {free}; nothing was changed"
+            )
+        return self.free_ids[::-1][:n]
+
+    def _take(self, change: _Change) -> int:
+        """One more free page. Past the last one it is -1, and `refuse_if_out` refuses the change."""
+        change.taken += 1
+        return self.free[-change.taken] if change.taken <= len(self.free) else -1
+
+    def _grow(self, change: _Change, i: int, s: _Sequence, n: int) -> None:
+        first, used = divmod(s.length, self.page_size)
+        tail = s.pages[first:]
+        # Others that leave the page in this same change leave it to the last one, which need not copy.
+        if n and self._ends_shared(s) and self.owners[tail[0]] - change.dropped.count(tail[0]) > 1:
+            change.dropped.append(tail[0])
+            change.copies.append((tail[0], self._take(change), used))
+            tail[0] = change.copies[-1][1]
+        pages = -(-(s.length + n) // self.page_size)
+        tail += [self._take(change) for _ in range(pages - first - len(tail))]
+        change.tails[i] = first, tail
+
+    def _ends_shared(self, s: _Sequence) -> bool:
+        """True when the next token of s would go into a page that another sequence reads."""
+        first, used = divmod(s.length, self.page_size)
+        return used > 0 and self.owners[s.pages[first]] > 1
 
 
 class PagedKVCache:
-    """K and V in pages of `page_size` tokens, with the page table and the lengths of up to `max_sequences`.
+    """K and V in pages of `page_size` tokens, with page table and lengths of up to `max_sequences` sequences.
 
-    A sequence is named by its row of `page_table`, an int from `allocate` or `fork`; `free` makes the row
-    available again. One decoding step, the new tokens appended here:
+    A sequence is named by its row of `page_table`. A decoding step:
 
         cache.append(ids, k_new, v_new)
         table, lengths = cache.view(ids)
         out = flash_attn_with_kvcache(q, cache.k_cache, cache.v_cache, cache_seqlens=lengths, page_table=table)
 
-    or, where the kernel appends: `reserve(ids, n)`, then `view` and the call with k= and v=, then `advance(ids, n)`.
+    or, where the kernel appends: `reserve(ids, n)`, `view`, the call with k= and v=, then `advance(ids, n)`.
 
-    Not thread-safe. Device work is enqueued on the current stream, which must be the one that reads the cache. A
-    CUDA graph may read `page_table` and `lengths`, whose addresses are fixed, but the methods are called between
-    replays: what they decide on the host cannot be captured (`write` can).
+    Not thread-safe. Work is enqueued on the current stream, which must be the one that reads the cache. CUDA graphs
+    may read `page_table` and `lengths` (their addresses are fixed) and hold `write`; other methods run between
+    replays.
 
     Args:
-        num_pages: pages in the pool, shared by all sequences.
+        num_pages: pages in the pool that all sequences take theirs from.
         page_size: tokens per page, any number >= 1.
-        num_kv_heads, head_dim: of K and V; head_dim_v: of V where it differs.
-        max_sequences: rows of the page table.
-        max_pages_per_sequence: columns of the page table.
+        num_kv_heads, head_dim, head_dim_v: of K and V; head_dim_v=None is head_dim.
+        max_sequences, max_pages_per_sequence: rows and columns of the page table.
         dtype: float16, bfloat16 or float32.
         device: where pages, page table and lengths live.
-        k_cache, v_cache: storage that the caller owns, (num_pages, page_size, num_kv_heads, head_dim | head_dim_v).
-            Any strides whose last one is 1: heads before tokens, K and V as halves of one tensor, odd pitches. Used
-            as it is, never copied. None allocates uninitialised pages.
+        k_cache, v_cache: storage that the caller owns, (num_pages, page_size, num_kv_heads, head_dim | head_dim_v),
+            used as it is. Any strides whose last one is 1: heads before tokens, K and V as halves of one tensor.
+            None allocates uninitialised pages.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, named in the message.
@@ -106,97 +237,81 @@ class PagedKVCache:
         k_cache: torch.Tensor | None = None,
         v_cache: torch.Tensor | None = None,
     ) -> None:
-        self.num_pages = _integer("", "num_pages", num_pages, 1, 2**31 - 1)
-        self.page_size = _integer("", "page_size", page_size, 1, MAX_SEQLEN)
-        self.num_kv_heads = _integer("", "num_kv_heads", num_kv_heads, 1)
-        self.head_dim = _integer("", "head_dim", head_dim, 1, MAX_HEAD_DIM)
-        head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        self.head_dim_v = _integer("", "head_dim_v", head_dim_v, 1, MAX_HEAD_DIM)
-        self.max_sequences = _integer("", "max_sequences", max_sequences, 1)
+        def size(name: str, value: Any, high: int) -> int:
+            n = _integer("", name, value)
+            if not 1 <= n <= high:
+                raise _bad("", name, f"is {n}", f"it must be 1 to {high}")
+            return n
+
+        self.num_pages = size("num_pages", num_pages, 2**31 - 1)
+        self.page_size = size("page_size", page_size, MAX_SEQLEN)
+        self.num_kv_heads = size("num_kv_heads", num_kv_heads, 2**31 - 1)
+        self.head_dim = size("head_dim", head_dim, MAX_HEAD_DIM)
+        self.head_dim_v = size("head_dim_v", head_dim if head_dim_v is None else head_dim_v, MAX_HEAD_DIM)
+        self.max_sequences = size("max_sequences", max_sequences, 2**31 - 1)
         longest = MAX_SEQLEN // self.page_size
-        self.max_pages_per_sequence = _integer(
-            "", "max_pages_per_sequence", max_pages_per_sequence, 1, longest
-        )
+        self.max_pages_per_sequence = size("max_pages_per_sequence", max_pages_per_sequence, longest)
         if dtype not in DTYPES:
-            raise ValueError(f"PagedKVCache: dtype is {dtype}; it must be float16, bfloat16 or float32")
-        if not isinstance(device, torch.device | str):
-            raise TypeError(f"PagedKVCache: device is {device!r}; it must be a torch.device or its name")
+            raise _bad("", "dtype", f"is {dtype}", "it must be float16, bfloat16 or float32")
         if (k_cache is None) != (v_cache is None):
             name = "k_cache" if k_cache is None else "v_cache"
-            raise ValueError(f"PagedKVCache: {name} is None; k_cache and v_cache are given both or neither")
+            raise _bad("", name, "is None", "k_cache and v_cache are given both or neither")
+        if not isinstance(device, torch.device | str):
+            raise _bad("", "device", f"is {device!r}", "it must be a torch.device or its name", TypeError)
         self.dtype = dtype
-        # Tensors made in inference mode could not be changed outside it.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # tensors made in inference mode could not be changed outside it
             rows = (self.max_sequences, self.max_pages_per_sequence)
             self._page_table = torch.zeros(rows, dtype=torch.int32, device=device)
             self._lengths = torch.zeros(rows[:1], dtype=torch.int32, device=device)
-            self.device = self._lengths.device  # with its index: "cuda" is "cuda:0"
+            self.device = self._lengths.device  # with its index: "cuda" has become "cuda:0"
             self.k_cache = self._storage("k_cache", k_cache, self.head_dim)
             self.v_cache = self._storage("v_cache", v_cache, self.head_dim_v)
-        self._sequences: dict[int, _Sequence] = {}
-        self._free_ids = list(range(self.max_sequences))[::-1]
-        self._free = list(range(self.num_pages))[::-1]
-        self._owners = [0] * self.num_pages
-
-    def _storage(self, name: str, t: torch.Tensor | None, d: int) -> torch.Tensor:
-        shape = (self.num_pages, self.page_size, self.num_kv_heads, d)
-        if t is None:
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-        self._check_tensor("", name, t, shape)
-        if d > 1 and t.stride(-1) != 1:
-            raise ValueError(
-                f"PagedKVCache: {name} has last stride {t.stride(-1)}; its last dimension must be contiguous"
-            )
-        if any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
-            raise ValueError(
-                f"PagedKVCache: {name} is expanded (a stride is 0); every element needs its own place"
-            )
-        return t
-
-    # ---- what there is ------------------------------------------------------------------------------------
+        self._ledger = _Ledger(
+            page_size=self.page_size,
+            free=list(range(self.num_pages))[::-1],
+            free_ids=list(range(self.max_sequences))[::-1],
+            owners=[0] * self.num_pages,
+        )
 
     @property
     def page_table(self) -> torch.Tensor:
-        """(max_sequences, max_pages_per_sequence) int32 on the device, live. Entries past a length mean nothing."""
+        """(max_sequences, max_pages_per_sequence) int32, live. Entries past a sequence's end mean nothing."""
         return self._page_table
 
     @property
     def lengths(self) -> torch.Tensor:
-        """(max_sequences,) int32 on the device, live: tokens of each sequence; 0 for rows that are free."""
+        """(max_sequences,) int32, live: tokens of each sequence, 0 for free rows."""
         return self._lengths
 
     @property
     def num_free_pages(self) -> int:
         """Pages that no sequence owns."""
-        return len(self._free)
+        return len(self._ledger.free)
 
     def length(self, id: int) -> int:
         """Tokens of a sequence, as the host knows them."""
-        return self._sequences[self._ids("length", id)[0]].length
+        return self._ledger.sequences[self._ids("length", [id])[0]].length
 
     def view(self, ids: Ints) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch of `ids`, in that order, for flash_attn_with_kvcache; an id may come more than once.
+        """page_table (n, max_pages_per_sequence) and lengths (n,) of `ids` in their order, int32.
 
-        Returns:
-            page_table (n, max_pages_per_sequence) and lengths (n,), int32 on the device: copies, which later calls
-            do not change.
+        Copies, which later calls do not change. An id may come more than once.
         """
         (rows,) = self._to_device(self._ids("view", ids, distinct=False))
         return self._page_table.index_select(0, rows), self._lengths.index_select(0, rows)
 
     def slots(self, ids: Ints, num_tokens: Ints) -> torch.Tensor:
-        """Where the next num_tokens tokens of each sequence go, after `reserve`: what `write` takes.
+        """Where the next num_tokens tokens of each sequence go once they are reserved: what `write` takes.
 
-        Returns:
-            (sum of num_tokens,) int64 on the device, page * page_size + offset, one sequence after another.
+        Returns (sum of num_tokens,) int64 on the device, page * page_size + offset, one sequence after another.
         """
         listed, counts = self._ids_and_counts("slots", ids, num_tokens)
         self._check_reserved("slots", listed, counts)
-        return self._to_device(self._slots(_Change(), listed, counts))[0]
+        return self._to_device(self._ledger.slots(_Change(), listed, counts))[0]
 
     def shared_prefix_len(self, ids: Ints) -> int:
         """Leading tokens that all of `ids` hold in the same pages; 0 for no ids."""
-        sequences = [self._sequences[i] for i in self._ids("shared_prefix_len", ids, distinct=False)]
+        sequences = [self._ledger.sequences[i] for i in self._ids("shared_prefix_len", ids, distinct=False)]
         pages = 0
         for column in zip(*(s.pages for s in sequences), strict=False):
             if len(set(column)) > 1:
@@ -204,82 +319,46 @@ class PagedKVCache:
             pages += 1
         return min((min(pages * self.page_size, s.length) for s in sequences), default=0)
 
-    # ---- sequences ----------------------------------------------------------------------------------------
-
     def allocate(self, num_tokens: Ints = 0) -> list[int]:
-        """Make new, empty sequences.
+        """Make new, empty sequences with pages reserved for num_tokens tokens; a list makes one for each entry.
 
-        Args:
-            num_tokens: tokens to reserve pages for; one number is one sequence, a list makes one for each entry.
-
-        Returns:
-            The sequences' ids, a list also for one.
-
-        Raises:
-            OutOfPages, OutOfSequences: too little is free; nothing was changed.
+        Returns their ids, a list even for one. Raises OutOfPages or OutOfSequences when too little is free.
         """
-        counts = [num_tokens] if _is_integer(num_tokens) else num_tokens
-        counts = _integers("allocate", "num_tokens", counts)
-        change = _Change()
-        for i, n in zip(self._new_ids(len(counts)), counts, strict=True):
-            self._grow("allocate", change, i, _Sequence([], 0), n)
-            change.lengths[i] = 0
+        counts = _integers("allocate", "num_tokens", num_tokens)
+        self._check_fits("allocate", "num_tokens", [0] * len(counts), counts)
+        change = self._ledger.opened(counts)
         self._commit(change)
         return list(change.lengths)
 
     def fork(self, id: int) -> int:
-        """Make a sequence with the same tokens. Full pages are shared; a last, partial one is copied.
+        """Make a sequence with the same tokens: full pages are shared, a last, partial one is copied.
 
-        From then on neither sees what the other appends. Pages that `id` only reserved stay its own.
-
-        Returns:
-            The new sequence's id.
-
-        Raises:
-            OutOfPages, OutOfSequences: too little is free; nothing was changed.
+        Neither sees what the other appends. Pages that `id` has only reserved stay its own. Returns the new id.
+        Raises OutOfPages or OutOfSequences when too little is free.
         """
-        source = self._sequences[self._ids("fork", id)[0]]
-        (new,) = self._new_ids(1)
-        full, rest = divmod(source.length, self.page_size)
-        change = _Change(lengths={new: source.length})
-        change.shared = source.pages[:full]
-        tail = list(change.shared)
-        if rest:
-            tail.append(self._take(change))
-            change.copies.append((source.pages[full], tail[-1], rest))
-        change.tails[new] = 0, tail
+        change = self._ledger.forked(self._ids("fork", [id])[0])
         self._commit(change)
-        return new
+        return next(iter(change.lengths))
 
     def free(self, ids: Ints) -> None:
-        """End sequences. Their rows, and pages that no other sequence shares, can be used again."""
+        """End sequences; their ids, and pages that no other sequence shares, can be used again."""
         listed = self._ids("free", ids)
-        change = _Change()
-        for i in listed:
-            self._cut(change, i, 0)
-        self._commit(change)
-        for i in listed:
-            del self._sequences[i]
-        self._free_ids.extend(listed)
+        self._commit(self._ledger.cut(listed, [0] * len(listed)))
+        self._ledger.close(listed)
 
     def truncate(self, ids: Ints, length: Ints) -> None:
-        """Keep the first `length` tokens (one number for all, or one for each) and give back pages past them.
+        """Keep the first `length` tokens (one for all, or one each); pages past them, reserved ones too, go back.
 
-        Reserved pages past the new end are given back too. Speculative decoding drops rejected tokens this way.
-
-        Raises:
-            ValueError: a length that is not 0 to the sequence's own.
+        Raises ValueError for a length above the sequence's own.
         """
-        listed, counts = self._ids_and_counts("truncate", ids, length, "length")
-        change = _Change()
-        for i, n in zip(listed, counts, strict=True):
-            now = self._sequences[i].length
+        listed, lengths = self._ids_and_counts("truncate", ids, length, "length")
+        for i, n in zip(listed, lengths, strict=True):
+            now = self._ledger.sequences[i].length
             if n > now:
-                raise _bad("truncate", "length", f"is {n} for sequence {i}", f"it must be 0 to its length {now}")
-            self._cut(change, i, n)
-        self._commit(change)
-
-    # ---- tokens -------------------------------------------------------------------------------------------
+                raise _bad(
+                    "truncate", "length", f"is {n} for sequence {i}", f"it must be 0 to its length {now}"
+                )
+        self._commit(self._ledger.cut(listed, lengths))
 
     def append(
         self, ids: Ints, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int] | None = None
@@ -288,48 +367,46 @@ class PagedKVCache:
 
         Args:
             ids: n distinct sequences.
-            k, v: (n, s, num_kv_heads, head_dim | head_dim_v), s tokens for each; or, with `lengths`, ragged
-                (total, num_kv_heads, ...), one sequence after another. The cache's dtype and device, any strides.
-            lengths: n ints on the host, how many tokens of ragged k and v each sequence gets.
+            k, v: (n, s, num_kv_heads, head_dim | head_dim_v), or ragged (total, num_kv_heads, ...) with `lengths`;
+                the cache's dtype and device, any strides.
+            lengths: n ints on the host: tokens of ragged k and v for each sequence, one after another.
 
         Raises:
-            OutOfPages: too few pages are free; nothing was changed.
-            TypeError, ValueError: an argument that does not fit; nothing was changed.
+            OutOfPages: too few pages are free.
+            TypeError, ValueError: an argument that does not fit.
             NotImplementedError: k or v require a gradient.
         """
         listed = self._ids("append", ids)
         if lengths is None:
-            _check_dims("append", k, 4, "(n, s, num_kv_heads, head_dim), or ragged with lengths")
-            counts = [k.shape[1]] * len(listed)
+            _check_kind("append", "k", k, 4, "(n, s, num_kv_heads, head_dim), or ragged with lengths")
             lead: tuple[int, ...] = (len(listed), k.shape[1])
+            counts = [k.shape[1]] * len(listed)
         else:
             counts = _integers("append", "lengths", lengths, len(listed))
             lead = (sum(counts),)
         self._check_tokens("append", k, v, lead)
-        change = self._grown("append", listed, counts)
-        for i, n in zip(listed, counts, strict=True):
-            change.lengths[i] = self._sequences[i].length + n
-        slots = self._commit(change, self._slots(change, listed, counts))
+        change = self._grown("append", "k", listed, counts)
+        change.lengths = self._ledger.longer(listed, counts)
+        slots = self._commit(change, self._ledger.slots(change, listed, counts))
         self._put(slots.view(lead), k, v)
 
     def write(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: Ints | None = None) -> None:
-        """Write tokens into given slots: append by slot mapping. Lengths do not change; `advance` counts them.
+        """Write tokens into given slots (append by slot mapping). Lengths stay; `advance` counts the tokens.
 
-        Without HEADFOLD_CHECK=1 nothing reads the slots of a GPU: they are the caller's promise.
+        Slots on a GPU are the caller's promise, -1 included; HEADFOLD_CHECK=1 reads them back. It also finds slots
+        that come twice and, given ids, slots in pages that none of them owns alone.
 
         Args:
-            slots: (tokens,) int64 or int32 on the device, page * page_size + offset, all different (see `slots`).
+            slots: (tokens,) int64 or int32 on the device, page * page_size + offset, all different.
             k, v: (tokens, num_kv_heads, head_dim | head_dim_v), the cache's dtype and device, any strides.
-            ids: whose pages the slots lie in; only HEADFOLD_CHECK=1 looks at it.
+            ids: the sequences that the tokens are of.
 
         Raises:
-            TypeError, ValueError: an argument that does not fit; nothing was written. Slots out of range raise if
-                they lie on the CPU. Under HEADFOLD_CHECK=1 so do those on a GPU, slots that come twice and, given
-                ids, slots in pages that none of them owns or that others share.
+            TypeError, ValueError: an argument, or a slot that was looked at, that does not fit.
             NotImplementedError: k or v require a gradient.
         """
         listed = None if ids is None else self._ids("write", ids)
-        _check_dims("write", slots, 1, "(tokens,)", "slots")
+        _check_kind("write", "slots", slots, 1, "(tokens,)")
         if slots.dtype not in (torch.int32, torch.int64):
             raise _bad("write", "slots", f"has dtype {slots.dtype}", "it must be int64 or int32")
         if slots.device != self.device:
@@ -340,25 +417,159 @@ class PagedKVCache:
         self._put(slots.long(), k, v)
 
     def reserve(self, ids: Ints, num_tokens: Ints) -> None:
-        """Give sequences pages for num_tokens more tokens (one number for all, or one for each).
+        """Have pages ready for num_tokens more tokens (one number for all, or one each) that a kernel will append.
 
-        For a kernel, or `write`, that will put them there. Lengths do not change; reserving again adds nothing.
-
-        Raises:
-            OutOfPages: too few pages are free; nothing was changed.
+        Lengths do not change, and reserving again adds nothing. Raises OutOfPages when too few are free.
         """
-        self._commit(self._grown("reserve", *self._ids_and_counts("reserve", ids, num_tokens)))
+        self._commit(self._grown("reserve", "num_tokens", *self._ids_and_counts("reserve", ids, num_tokens)))
 
     def advance(self, ids: Ints, num_tokens: Ints) -> None:
-        """Count tokens that a kernel, or `write`, has put into reserved pages.
-
-        Raises:
-            ValueError: more tokens than were reserved.
-        """
+        """Count tokens that a kernel has put into reserved pages. Raises ValueError for more than were reserved."""
         listed, counts = self._ids_and_counts("advance", ids, num_tokens)
         self._check_reserved("advance", listed, counts)
-        self._commit(
-            _Change(
-                lengths={i: self._sequences[i].length + n for i, n in zip(listed, counts, strict=True)}
-            )
-        )
+        self._commit(_Change(lengths=self._ledger.longer(listed, counts)))
+
+    def _grown(self, caller: str, name: str, listed: list[int], counts: list[int]) -> _Change:
+        self._check_fits(caller, name, [self._ledger.sequences[i].length for i in listed], counts)
+        return self._ledger.grown(listed, counts)
+
+    def _commit(self, change: _Change, slots: Sequence[int] = ()) -> torch.Tensor:
+        """Do what the change says, on the host and on the device; returns the slots on the device."""
+        self._ledger.refuse_if_out(change)
+        new = self._ledger.new_cells(change)
+        cells = [row * self.max_pages_per_sequence + column for row, column, _ in new]
+        rows, lengths = list(change.lengths), list(change.lengths.values())
+        parts = self._to_device(cells, [page for _, _, page in new], rows, lengths, slots)
+        self._ledger.commit(change)
+        for source, target, tokens in change.copies:
+            for cache in (self.k_cache, self.v_cache):
+                cache[target, :tokens].copy_(cache[source, :tokens])
+        if cells:
+            self._page_table.view(-1).index_copy_(0, parts[0], parts[1].int())
+        if rows:
+            self._lengths.index_copy_(0, parts[2], parts[3].int())
+        return parts[4]
+
+    def _to_device(self, *parts: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """The parts as int64 tensors on the device, in one copy that nothing waits for."""
+        flat = [n for part in parts for n in part]
+        # The allocator of pinned memory does not hand these bytes out again before the copy is done.
+        host = torch.tensor(flat, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        return host.to(self.device, non_blocking=True).split([len(part) for part in parts])
+
+    def _put(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        where = (slots // self.page_size, slots % self.page_size)
+        self.k_cache.index_put_(where, k)
+        self.v_cache.index_put_(where, v)
+
+    def _storage(self, name: str, t: torch.Tensor | None, d: int) -> torch.Tensor:
+        shape = (self.num_pages, self.page_size, self.num_kv_heads, d)
+        if t is None:
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        self._check_tensor("", name, t, shape)
+        if d > 1 and t.stride(-1) != 1:
+            raise _bad("", name, f"has last stride {t.stride(-1)}", "its last dimension must be contiguous")
+        if any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
+            raise _bad("", name, "is expanded (a stride is 0)", "every element needs its own place")
+        return t
+
+    def _check_tokens(self, caller: str, k: Any, v: Any, lead: tuple[int, ...]) -> None:
+        self._check_tensor(caller, "k", k, (*lead, self.num_kv_heads, self.head_dim))
+        self._check_tensor(caller, "v", v, (*lead, self.num_kv_heads, self.head_dim_v))
+
+    def _check_tensor(self, caller: str, name: str, t: Any, shape: tuple[int, ...]) -> None:
+        _check_kind(caller, name, t, len(shape), str(shape))
+        if tuple(t.shape) != shape:
+            raise _bad(caller, name, f"has shape {tuple(t.shape)}", f"it must be {shape}")
+        if t.dtype != self.dtype:
+            raise _bad(caller, name, f"has dtype {t.dtype}", f"it must be the cache's {self.dtype}")
+        if t.device != self.device:
+            raise _bad(caller, name, f"is on {t.device}", f"it must be on the cache's {self.device}")
+        if torch.is_grad_enabled() and t.requires_grad:
+            need = "a cache keeps no gradients; detach it, or call under torch.no_grad()"
+            raise _bad(caller, name, "requires a gradient", need, NotImplementedError)
+
+    def _check_slots(self, slots: torch.Tensor, listed: list[int] | None) -> None:
+        size = self.num_pages * self.page_size
+        outside = ((slots < 0) | (slots >= size)).nonzero()
+        if len(outside):
+            j = int(outside[0])
+            raise _bad("write", "slots", f"[{j}] is {int(slots[j])}", f"a slot must be 0 to {size - 1}")
+        if not value_checks_enabled():
+            return
+        seen: dict[int, int] = {}
+        pages = {page for i in listed or () for page in self._ledger.sequences[i].pages}
+        for j, slot in enumerate(slots.tolist()):
+            page = slot // self.page_size
+            if slot in seen:
+                raise _bad("write", "slots", f"[{j}] is {slot}, as [{seen[slot]}] is", "all must differ")
+            if listed is not None and (page not in pages or self._ledger.owners[page] > 1):
+                got = f"[{j}] is {slot}, in page {page}"
+                raise _bad("write", "slots", got, f"one of the sequences {listed} must own that page alone")
+            seen[slot] = j
+
+    def _check_fits(self, caller: str, name: str, lengths: list[int], counts: list[int]) -> None:
+        most = self.max_pages_per_sequence * self.page_size
+        for j, (has, n) in enumerate(zip(lengths, counts, strict=True)):
+            if has + n > most:
+                got = f"brings {n} tokens more to sequence [{j}], which has {has}"
+                raise _bad(caller, name, got, f"max_pages_per_sequence gives room for {most}")
+
+    def _check_reserved(self, caller: str, listed: list[int], counts: list[int]) -> None:
+        for i, n in zip(listed, counts, strict=True):
+            room = self._ledger.room(i)
+            if n > room:
+                need = f"{room} are reserved; call reserve first"
+                raise _bad(caller, "num_tokens", f"is {n} for sequence {i}", need)
+
+    def _ids(self, caller: str, ids: Any, distinct: bool = True) -> list[int]:
+        listed = _integers(caller, "ids", ids)
+        for j, i in enumerate(listed):
+            if i not in self._ledger.sequences:
+                raise _bad(
+                    caller, "ids", f"[{j}] is {i}", "no such sequence; ids come from allocate and fork"
+                )
+        if distinct and len(set(listed)) < len(listed):
+            raise _bad(caller, "ids", f"is {listed}", "every sequence may come once")
+        return listed
+
+    def _ids_and_counts(
+        self, caller: str, ids: Any, counts: Any, name: str = "num_tokens"
+    ) -> tuple[list[int], list[int]]:
+        listed = self._ids(caller, ids)
+        return listed, _integers(caller, name, counts, len(listed))
+
+
+def _bad(caller: str, name: str, got: str, need: str, kind: type[Exception] = ValueError) -> Exception:
+    return kind(f"PagedKVCache{'.' if caller else ''}{caller}: {name} {got}; {need}")
+
+
+def _check_kind(caller: str, name: str, t: Any, dims: int, need: str) -> None:
+    if not isinstance(t, torch.Tensor):
+        raise _bad(caller, name, f"is a {type(t).__name__}", "it must be a torch.Tensor", TypeError)
+    if t.dim() != dims:
+        raise _bad(caller, name, f"has shape {tuple(t.shape)}", f"it must be {need}")
+
+
+def _integer(caller: str, name: str, value: Any) -> int:
+    """An int on the host. No tensors: reading one from a device would wait for it."""
+    try:
+        if isinstance(value, bool | torch.Tensor):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise _bad(caller, name, f"is {value!r}", "it must be an int on the host", TypeError) from None
+
+
+def _integers(caller: str, name: str, values: Any, n: int | None = None) -> list[int]:
+    """Integers >= 0 from a list, or from one number that stands for n (None: for itself)."""
+    if isinstance(values, torch.Tensor | str) or not isinstance(values, Sequence):
+        listed = [_integer(caller, name, values)] * (1 if n is None else n)
+    else:
+        listed = [_integer(caller, f"{name}[{j}]", value) for j, value in enumerate(values)]
+    if n is not None and len(listed) != n:
+        raise _bad(caller, name, f"has {len(listed)} entries", f"there are {n} sequences")
+    for value in listed:
+        if value < 0:
+            raise _bad(caller, name, f"has {value}", "it must be >= 0")
+    return listed

@@ -11,15 +11,21 @@ from typing import Any
 import torch
 
 from headfold import backends
+from headfold.features import check_features
 from headfold.merge import check_combine, combine_shapes, run_combine
-from headfold.problem import Inputs, check, check_out, check_values, value_checks_enabled
+from headfold.problem import Inputs, check, check_out
+from headfold.values import check_values, value_checks_enabled
 
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
     "Tensor? seqused_q=None, Tensor? seqused_k=None, Tensor? page_table=None, "
     "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, float? softmax_scale=None, "
     "SymInt window_left=-1, SymInt window_right=-1, bool bottom_right=True, int num_splits=0, "
-    'bool? pack_gqa=None, int sm_margin=0, str caller="attention"'
+    "bool? pack_gqa=None, int sm_margin=0, float softcap=0.0, "
+    "int attention_chunk=0, int tokens_per_split=0, Tensor? sink=None, Tensor? alibi_slopes=None, "
+    "Tensor? mask=None, Tensor? tree_mask=None, Tensor? cache_batch_idx=None, Tensor? cache_leftpad=None, "
+    "Tensor? rotary_cos=None, Tensor? rotary_sin=None, Tensor? rotary_positions=None, "
+    'bool rotary_interleaved=True, bool rotary_advances=True, str caller="attention"'
 )
 _COMBINE_ARGS = "Tensor out_partial, Tensor lse_partial, Tensor? cu_seqlens=None, Tensor? seqused=None"
 
@@ -34,6 +40,7 @@ lib.define(f"combine_out({_COMBINE_ARGS}, *, Tensor(a!) out, Tensor(b!) lse) -> 
 def _checked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
     x = Inputs(*args, **kwargs)
     check(x)
+    check_features(x)
     return x
 
 

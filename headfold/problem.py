@@ -8,9 +8,7 @@ cached by it and a CUDA graph can replay it with other lengths.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -26,8 +24,19 @@ KVLayout = Literal["dense", "ragged", "paged"]
 
 # What a caller of each public function called the operator's arguments; the others keep their names.
 _NAMES: dict[str, dict[str, str]] = {
-    "flash_attn_with_kvcache": {"k": "k_cache", "v": "v_cache", "seqused_k": "cache_seqlens"},
-    "scaled_dot_product_attention": {"q": "query", "k": "key", "v": "value", "softmax_scale": "scale"},
+    "flash_attn_with_kvcache": {
+        "k": "k_cache",
+        "v": "v_cache",
+        "seqused_k": "cache_seqlens",
+        "rotary_positions": "rotary_seqlens",
+    },
+    "scaled_dot_product_attention": {
+        "q": "query",
+        "k": "key",
+        "v": "value",
+        "softmax_scale": "scale",
+        "mask": "attn_mask",
+    },
 }
 
 
@@ -105,7 +114,8 @@ class Problem:
     """One attention problem, as the planner sees it.
 
     Lengths are upper bounds known on the host (capacities), never values read from a device.
-    `total_q` and `total_k` bound the sums over the batch. Window sides are None when open.
+    `total_q` and `total_k` bound the sums over the batch. Window sides are None when open. `rotary` is what the
+    rotation of q depends on: (rotary_dim, interleaved, alignment of the angles in elements).
     """
 
     device_type: str
@@ -126,7 +136,8 @@ class Problem:
     window_right: int | None = None
     bottom_right: bool = True
     lengths_on_device: bool = False
-    kv_aligned: bool = True
+    aligned: bool = True
+    tma_strides: bool = True
     num_splits: int = 0
     pack_gqa: bool | None = None
     sm_margin: int = 0
@@ -134,6 +145,8 @@ class Problem:
     attention_chunk: int = 0
     tokens_per_split: int = 0
     tensor_mask: bool = False
+    mask_align: int = 0
+    rotary: tuple[int, bool, int] = (0, False, 1)
 
     @property
     def group(self) -> int:
@@ -152,7 +165,7 @@ class Problem:
         return self.total_q == 0 or self.batch == 0 or self.max_seqlen_k == 0 or self.total_k == 0
 
 
-def _fail(x: Inputs, arg: str, got: str, need: str, kind: type[Exception] = ValueError) -> Exception:
+def fail(x: Inputs, arg: str, got: str, need: str, kind: type[Exception] = ValueError) -> Exception:
     return kind(f"{x.caller}: {_called(x, arg)} {got}; {need}")
 
 
@@ -188,15 +201,15 @@ def check(x: Inputs) -> None:
 def _check_tensors(x: Inputs) -> None:
     for name, t in (("q", x.q), ("k", x.k), ("v", x.v)):
         if not isinstance(t, torch.Tensor):
-            raise _fail(x, name, f"is a {type(t).__name__}", "it must be a torch.Tensor", TypeError)
+            raise fail(x, name, f"is a {type(t).__name__}", "it must be a torch.Tensor", TypeError)
         if t.dtype not in DTYPES:
-            raise _fail(x, name, f"has dtype {t.dtype}", "it must be float16, bfloat16 or float32")
+            raise fail(x, name, f"has dtype {t.dtype}", "it must be float16, bfloat16 or float32")
         if t.dtype != x.q.dtype:
-            raise _fail(x, name, f"has dtype {t.dtype}", f"it must have the queries' dtype {x.q.dtype}")
+            raise fail(x, name, f"has dtype {t.dtype}", f"it must have the queries' dtype {x.q.dtype}")
         if t.device != x.q.device:
-            raise _fail(x, name, f"is on {t.device}", f"it must be on the queries' device {x.q.device}")
+            raise fail(x, name, f"is on {t.device}", f"it must be on the queries' device {x.q.device}")
         if t.dim() > 0 and t.shape[-1] > 1 and t.stride(-1) != 1:
-            raise _fail(x, name, f"has last stride {t.stride(-1)}", "its last dimension must be contiguous")
+            raise fail(x, name, f"has last stride {t.stride(-1)}", "its last dimension must be contiguous")
 
 
 def _check_layout(x: Inputs) -> None:
@@ -205,47 +218,48 @@ def _check_layout(x: Inputs) -> None:
         kv_dims = 3
     if x.q.dim() != q_dims:
         need = "(b, sq, h, d)" if q_dims == 4 else "(total_q, h, d), since cu_seqlens_q is given"
-        raise _fail(x, "q", f"has shape {_shape(x.q)}", f"it must be {need}")
+        raise fail(x, "q", f"has shape {_shape(x.q)}", f"it must be {need}")
     for name, t in (("k", x.k), ("v", x.v)):
         if t.dim() != kv_dims:
             need = "(total_k, hk, d), since cu_seqlens_k is given" if kv_dims == 3 else "(b, sk, hk, d)"
             if x.page_table is not None:
                 need = "(pages, page_size, hk, d), since page_table is given"
-            raise _fail(x, name, f"has shape {_shape(t)}", f"it must be {need}")
+            raise fail(x, name, f"has shape {_shape(t)}", f"it must be {need}")
     _check_index(x, "cu_seqlens_q", x.cu_seqlens_q, ("batch + 1",))
     if x.cu_seqlens_q is not None and x.cu_seqlens_q.shape[0] < 1:
-        raise _fail(x, "cu_seqlens_q", "is empty", "it must hold batch + 1 offsets")
+        raise fail(x, "cu_seqlens_q", "is empty", "it must hold batch + 1 offsets")
     batch = x.batch
     _check_index(x, "cu_seqlens_k", x.cu_seqlens_k, (batch + 1,))
-    _check_index(x, "page_table", x.page_table, (batch, "max_pages"))
+    picked = x.cache_batch_idx is not None
+    _check_index(x, "page_table", x.page_table, ("rows" if picked else batch, "max_pages"))
     _check_index(x, "seqused_q", x.seqused_q, (batch,))
     _check_index(x, "seqused_k", x.seqused_k, (batch,))
     if x.page_table is not None:
         if x.cu_seqlens_k is None and x.seqused_k is None:
-            raise _fail(x, "seqused_k", "is None", "a paged cache needs the length of every sequence")
+            raise fail(x, "seqused_k", "is None", "a paged cache needs the length of every sequence")
         if x.k.shape[1] < 1:
-            raise _fail(x, "k", f"has shape {_shape(x.k)}", "page_size must be at least 1")
-    elif x.cu_seqlens_k is None and x.k.shape[0] != batch:
-        raise _fail(x, "k", f"has batch {x.k.shape[0]}", f"it must have the queries' batch {batch}")
+            raise fail(x, "k", f"has shape {_shape(x.k)}", "page_size must be at least 1")
+    elif x.cu_seqlens_k is None and x.k.shape[0] != batch and not picked:
+        raise fail(x, "k", f"has batch {x.k.shape[0]}", f"it must have the queries' batch {batch}")
 
 
 def _check_index(x: Inputs, name: str, t: torch.Tensor | None, shape: tuple[int | str, ...]) -> None:
     if t is None:
         return
     if not isinstance(t, torch.Tensor):
-        raise _fail(x, name, f"is a {type(t).__name__}", "it must be an int32 tensor", TypeError)
+        raise fail(x, name, f"is a {type(t).__name__}", "it must be an int32 tensor", TypeError)
     if t.dtype != torch.int32:
-        raise _fail(x, name, f"has dtype {t.dtype}", "it must be int32")
+        raise fail(x, name, f"has dtype {t.dtype}", "it must be int32")
     if t.device != x.q.device:
-        raise _fail(x, name, f"is on {t.device}", f"it must be on the queries' device {x.q.device}")
+        raise fail(x, name, f"is on {t.device}", f"it must be on the queries' device {x.q.device}")
     fits = t.dim() == len(shape) and all(
         isinstance(n, str) or n == m for n, m in zip(shape, t.shape, strict=False)
     )
     if not fits:
         want = "(" + ", ".join(str(n) for n in shape) + ")"
-        raise _fail(x, name, f"has shape {_shape(t)}", f"it must be {want} for this batch")
+        raise fail(x, name, f"has shape {_shape(t)}", f"it must be {want} for this batch")
     if t.shape[-1] > 1 and t.stride(-1) != 1:
-        raise _fail(x, name, f"has last stride {t.stride(-1)}", "its last dimension must be contiguous")
+        raise fail(x, name, f"has last stride {t.stride(-1)}", "its last dimension must be contiguous")
 
 
 def _check_heads(x: Inputs) -> None:
@@ -253,73 +267,73 @@ def _check_heads(x: Inputs) -> None:
     hk, dk = x.k.shape[-2:]
     if x.v.shape[:-1] != x.k.shape[:-1]:
         need = f"all but its last size must equal {_called(x, 'k')}'s {_shape(x.k)}"
-        raise _fail(x, "v", f"has shape {_shape(x.v)}", need)
+        raise fail(x, "v", f"has shape {_shape(x.v)}", need)
     if hk < 1 or h < 1:
-        raise _fail(x, "k" if hk < 1 else "q", "has no heads", "at least one head is needed")
+        raise fail(x, "k" if hk < 1 else "q", "has no heads", "at least one head is needed")
     if h % hk != 0:
-        raise _fail(x, "q", f"has {h} heads", f"that must be a multiple of the {hk} KV heads")
+        raise fail(x, "q", f"has {h} heads", f"that must be a multiple of the {hk} KV heads")
     if h // hk > MAX_GROUP:
-        raise _fail(x, "q", f"has {h // hk} heads per KV head", f"at most {MAX_GROUP} are supported")
+        raise fail(x, "q", f"has {h // hk} heads per KV head", f"at most {MAX_GROUP} are supported")
     if dk != d:
-        raise _fail(x, "k", f"has head dimension {dk}", f"it must equal the queries' head dimension {d}")
+        raise fail(x, "k", f"has head dimension {dk}", f"it must equal the queries' head dimension {d}")
     for name, n in (("q", d), ("v", x.v.shape[-1])):
         if not 1 <= n <= MAX_HEAD_DIM:
-            raise _fail(x, name, f"has head dimension {n}", f"it must be 1 to {MAX_HEAD_DIM}")
+            raise fail(x, name, f"has head dimension {n}", f"it must be 1 to {MAX_HEAD_DIM}")
 
 
 def _check_lengths(x: Inputs) -> None:
     for name, bound in (("max_seqlen_q", x.max_seqlen_q), ("max_seqlen_k", x.max_seqlen_k)):
         if bound is not None and bound < 0:
-            raise _fail(x, name, f"is {bound}", "it must be None or an upper bound >= 0")
+            raise fail(x, name, f"is {bound}", "it must be None or an upper bound >= 0")
     # Dense rows that no seqused shortens all count: a smaller bound would leave some of them out.
     for name, bound, rows, given in (
         ("max_seqlen_q", x.max_seqlen_q, x.q.shape[1], (x.cu_seqlens_q, x.seqused_q)),
         ("max_seqlen_k", x.max_seqlen_k, x.k.shape[1], (x.cu_seqlens_k, x.seqused_k, x.page_table)),
     ):
         if bound is not None and all(t is None for t in given) and bound < rows:
-            raise _fail(
+            raise fail(
                 x, name, f"is {bound}", f"every sequence has length {rows}, and it must bound them all"
             )
-    if _q_capacity(x) > MAX_SEQLEN:
-        raise _fail(x, "q", f"has shape {_shape(x.q)}", f"a sequence may have at most {MAX_SEQLEN} queries")
-    if _k_capacity(x) > MAX_SEQLEN:
+    if q_capacity(x) > MAX_SEQLEN:
+        raise fail(x, "q", f"has shape {_shape(x.q)}", f"a sequence may have at most {MAX_SEQLEN} queries")
+    if k_capacity(x) > MAX_SEQLEN:
         name = "k" if x.page_table is None else "page_table"
-        raise _fail(x, name, f"allows {_k_capacity(x)} keys", f"a sequence may have at most {MAX_SEQLEN}")
+        raise fail(x, name, f"allows {k_capacity(x)} keys", f"a sequence may have at most {MAX_SEQLEN}")
 
 
 def _check_scalars(x: Inputs) -> None:
     for name, side in (("left", x.window_left), ("right", x.window_right)):
         if side < -1:
-            raise _fail(x, "window_size", f"has {name} side {side}", "a side is None or -1 (open), or >= 0")
+            raise fail(x, "window_size", f"has {name} side {side}", "a side is None or -1 (open), or >= 0")
     if x.num_splits < 0 or x.num_splits > 256:
-        raise _fail(x, "num_splits", f"is {x.num_splits}", "it must be 0 (automatic) to 256")
+        raise fail(x, "num_splits", f"is {x.num_splits}", "it must be 0 (automatic) to 256")
     if x.sm_margin < 0:
-        raise _fail(x, "sm_margin", f"is {x.sm_margin}", "it must be >= 0")
+        raise fail(x, "sm_margin", f"is {x.sm_margin}", "it must be >= 0")
     if x.softmax_scale is not None and not float("-inf") < x.softmax_scale < float("inf"):
-        raise _fail(x, "softmax_scale", f"is {x.softmax_scale}", "it must be None or a finite number")
+        raise fail(x, "softmax_scale", f"is {x.softmax_scale}", "it must be None or a finite number")
 
 
 def check_out(x: Inputs, name: str, t: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise unless `t` can take a result of that shape and dtype in place, without overlapping itself."""
     if not isinstance(t, torch.Tensor):
-        raise _fail(x, name, f"is a {type(t).__name__}", "it must be a torch.Tensor", TypeError)
+        raise fail(x, name, f"is a {type(t).__name__}", "it must be a torch.Tensor", TypeError)
     if tuple(t.shape) != tuple(shape):
-        raise _fail(x, name, f"has shape {_shape(t)}", f"it must be {tuple(shape)}")
+        raise fail(x, name, f"has shape {_shape(t)}", f"it must be {tuple(shape)}")
     if t.dtype != dtype:
-        raise _fail(x, name, f"has dtype {t.dtype}", f"it must be {dtype}")
+        raise fail(x, name, f"has dtype {t.dtype}", f"it must be {dtype}")
     if t.device != x.q.device:
-        raise _fail(x, name, f"is on {t.device}", f"it must be on the queries' device {x.q.device}")
+        raise fail(x, name, f"is on {t.device}", f"it must be on the queries' device {x.q.device}")
     if t.dim() > 0 and t.shape[-1] > 1 and t.stride(-1) != 1:
-        raise _fail(x, name, f"has last stride {t.stride(-1)}", "its last dimension must be contiguous")
+        raise fail(x, name, f"has last stride {t.stride(-1)}", "its last dimension must be contiguous")
     if any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
-        raise _fail(x, name, "is expanded (a stride is 0)", "every element needs its own place")
+        raise fail(x, name, "is expanded (a stride is 0)", "every element needs its own place")
 
 
-def _q_capacity(x: Inputs) -> int:
+def q_capacity(x: Inputs) -> int:
     return x.q.shape[0] if x.cu_seqlens_q is not None else x.q.shape[1]
 
 
-def _k_capacity(x: Inputs) -> int:
+def k_capacity(x: Inputs) -> int:
     if x.page_table is not None:
         return x.page_table.shape[1] * x.k.shape[1]
     return x.k.shape[0] if x.cu_seqlens_k is not None else x.k.shape[1]
@@ -332,12 +346,38 @@ def is_aligned(t: torch.Tensor) -> bool:
     return t.data_ptr() % 16 == 0 and all(n <= 1 or s % vec == 0 for n, s in sizes_strides)
 
 
-def problem_of(x: Inputs) -> Problem:
-    """Reduce checked inputs to what the planner needs."""
+def has_tma_strides(t: torch.Tensor) -> bool:
+    """True when the copy engine can walk the tokens of `t`: its token stride is a positive multiple of 16 bytes.
+
+    (A tensor of one token has a stride too, which `is_aligned` need not look at.)
+    """
+    stride = t.stride(-3) * t.element_size()
+    return stride > 0 and stride % 16 == 0
+
+
+def _mask_align(mask: torch.Tensor | None) -> int:
+    """What the rows of a mask are aligned to, in elements, when its keys lie side by side; else 0."""
+    if mask is None or (mask.stride(3) != 1 and mask.shape[3] > 1):
+        return 0
+    return 16 // mask.element_size() if is_aligned(mask) else 1
+
+
+def _rotary(x: Inputs) -> tuple[int, bool, int]:
+    """(rotary_dim, interleaved, what the rows of the angles are aligned to in elements); rotary_dim 0 is none."""
+    if x.rotary_cos is None or x.rotary_sin is None:
+        return 0, False, 1
+    aligned = is_aligned(x.rotary_cos) and is_aligned(x.rotary_sin)
+    align = 16 // x.rotary_cos.element_size() if aligned else 1
+    return 2 * x.rotary_cos.shape[1], x.rotary_interleaved, align
+
+
+def problem_of(x: Inputs, out: torch.Tensor | None = None) -> Problem:
+    """Reduce checked inputs, and where the output goes if that is known, to what the planner needs."""
     batch = x.batch
-    q_capacity, k_capacity = _q_capacity(x), _k_capacity(x)
-    max_q = q_capacity if x.max_seqlen_q is None else min(x.max_seqlen_q, q_capacity)
-    max_k = k_capacity if x.max_seqlen_k is None else min(x.max_seqlen_k, k_capacity)
+    tensors = (x.q, x.k, x.v) if out is None else (x.q, x.k, x.v, out)
+    rows, keys = q_capacity(x), k_capacity(x)
+    max_q = rows if x.max_seqlen_q is None else min(x.max_seqlen_q, rows)
+    max_k = keys if x.max_seqlen_k is None else min(x.max_seqlen_k, keys)
     ragged_q = x.cu_seqlens_q is not None
     layout: KVLayout = "dense" if x.cu_seqlens_k is None else "ragged"
     if x.page_table is not None:
@@ -352,7 +392,7 @@ def problem_of(x: Inputs) -> Problem:
         head_dim_v=x.v.shape[-1],
         max_seqlen_q=max_q,
         max_seqlen_k=max_k,
-        total_q=x.q.shape[0] if ragged_q else batch * q_capacity,
+        total_q=x.q.shape[0] if ragged_q else batch * rows,
         total_k=min(batch * max_k, x.k.shape[0]) if layout == "ragged" else batch * max_k,
         q_layout="ragged" if ragged_q else "dense",
         kv_layout=layout,
@@ -361,7 +401,8 @@ def problem_of(x: Inputs) -> Problem:
         window_right=None if x.window_right < 0 else x.window_right,
         bottom_right=x.bottom_right,
         lengths_on_device=layout != "dense" or x.seqused_k is not None,
-        kv_aligned=is_aligned(x.k) and is_aligned(x.v),
+        aligned=all(is_aligned(t) for t in tensors),
+        tma_strides=has_tma_strides(x.k) and has_tma_strides(x.v),
         num_splits=x.num_splits,
         pack_gqa=x.pack_gqa,
         sm_margin=x.sm_margin,
@@ -369,82 +410,6 @@ def problem_of(x: Inputs) -> Problem:
         attention_chunk=x.attention_chunk,
         tokens_per_split=x.tokens_per_split,
         tensor_mask=x.mask is not None or x.tree_mask is not None,
+        mask_align=_mask_align(x.mask),
+        rotary=_rotary(x),
     )
-
-
-def value_checks_enabled() -> bool:
-    """True under HEADFOLD_CHECK=1: lengths and page indices are read back and checked, at the price of a sync."""
-    return os.environ.get("HEADFOLD_CHECK", "0") not in ("", "0")
-
-
-def check_values(x: Inputs) -> None:
-    """Read the index tensors and raise on the first entry that is out of range, saying which one.
-
-    Raises:
-        ValueError: an offset, length, bound or page index that does not fit its tensor.
-    """
-    q_lens = _check_offsets(x, "cu_seqlens_q", x.cu_seqlens_q, x.q.shape[0])
-    k_lens = _check_offsets(
-        x, "cu_seqlens_k", x.cu_seqlens_k, None if x.page_table is not None else x.k.shape[0]
-    )
-    if x.page_table is not None and x.seqused_k is None:
-        _check_paged_lengths(x, k_lens or [])
-    q_used = _check_used(x, "seqused_q", x.seqused_q, q_lens, _q_capacity(x))
-    k_slots = k_lens if x.page_table is None or x.seqused_k is None else None
-    k_used = _check_used(x, "seqused_k", x.seqused_k, k_slots, _k_capacity(x))
-    for name, bound, used in (
-        ("max_seqlen_q", x.max_seqlen_q, q_used),
-        ("max_seqlen_k", x.max_seqlen_k, k_used),
-    ):
-        if bound is not None and used and max(used) > bound:
-            i = used.index(max(used))
-            raise _fail(
-                x, name, f"is {bound}", f"sequence {i} has length {used[i]}, and it must bound them all"
-            )
-    if x.page_table is not None:
-        pages, page_size = x.k.shape[:2]
-        for i, (row, n) in enumerate(zip(x.page_table.tolist(), k_used or [], strict=True)):
-            for j, page in enumerate(row[: -(-n // page_size)]):
-                if not 0 <= page < pages:
-                    raise _fail(
-                        x, "page_table", f"[{i}, {j}] is {page}", f"a page index must be 0 to {pages - 1}"
-                    )
-
-
-def _check_offsets(x: Inputs, name: str, t: torch.Tensor | None, total: int | None) -> list[int] | None:
-    if t is None:
-        return None
-    offsets = t.tolist()
-    if offsets[0] != 0:
-        raise _fail(x, name, f"[0] is {offsets[0]}", "the first offset must be 0")
-    for i, (a, b) in enumerate(pairwise(offsets)):
-        if b < a:
-            raise _fail(x, name, f"[{i + 1}] is {b}, below [{i}] = {a}", "offsets must not decrease")
-    if total is not None and offsets[-1] > total:
-        raise _fail(x, name, f"[{len(offsets) - 1}] is {offsets[-1]}", f"only {total} rows are there")
-    return [b - a for a, b in pairwise(offsets)]
-
-
-def _check_paged_lengths(x: Inputs, lengths: list[int]) -> None:
-    room = _k_capacity(x)
-    for i, n in enumerate(lengths):
-        if n > room:
-            raise _fail(
-                x,
-                "cu_seqlens_k",
-                f"gives sequence {i} {n} keys",
-                f"its row of page_table has room for {room}",
-            )
-
-
-def _check_used(
-    x: Inputs, name: str, t: torch.Tensor | None, slots: list[int] | None, capacity: int
-) -> list[int] | None:
-    if t is None:
-        return slots
-    used = t.tolist()
-    for i, n in enumerate(used):
-        room = slots[i] if slots is not None else capacity
-        if not 0 <= n <= room:
-            raise _fail(x, name, f"[{i}] is {n}", f"that sequence has room for 0 to {room}")
-    return used

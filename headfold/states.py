@@ -80,7 +80,9 @@ def _check(states: Any, out: Any, lse: Any) -> torch.dtype:
         raise ValueError(f"{_CALLER}: states is empty; at least one state is needed")
     for i, state in enumerate(states):
         if isinstance(state, torch.Tensor | str) or not isinstance(state, Sequence) or len(state) != 2:
-            raise TypeError(f"{_CALLER}: states[{i}] is a {type(state).__name__}; it must be a pair (out, lse)")
+            raise TypeError(
+                f"{_CALLER}: states[{i}] is a {type(state).__name__}; it must be a pair (out, lse)"
+            )
     first = states[0][0]
     if isinstance(first, torch.Tensor) and first.dim() not in (3, 4):
         raise ValueError(
@@ -101,7 +103,9 @@ def _check(states: Any, out: Any, lse: Any) -> torch.dtype:
             continue
         _check_tensor(name, result, first, shape, dtypes)
         if any(n > 1 and s == 0 for n, s in zip(result.shape, result.stride(), strict=True)):
-            raise ValueError(f"{_CALLER}: {name} is expanded (a stride is 0); every element needs its own place")
+            raise ValueError(
+                f"{_CALLER}: {name} is expanded (a stride is 0); every element needs its own place"
+            )
     if out is not None and out.shape[-1] > 1 and out.stride(-1) != 1:
         raise ValueError(
             f"{_CALLER}: out has last stride {out.stride(-1)}; its last dimension must be contiguous"
@@ -120,7 +124,9 @@ def _check_tensor(
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{_CALLER}: {name} is a {type(t).__name__}; it must be a torch.Tensor")
     if shape is not None and tuple(t.shape) != shape:
-        raise ValueError(f"{_CALLER}: {name} has shape {tuple(t.shape)}; it must be {shape}, as states[0] says")
+        raise ValueError(
+            f"{_CALLER}: {name} has shape {tuple(t.shape)}; it must be {shape}, as states[0] says"
+        )
     if t.dtype not in dtypes:
         need = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ValueError(f"{_CALLER}: {name} has dtype {t.dtype}; it must be {need}")

@@ -719,9 +719,9 @@ def test_alignment_counts_the_pointer_and_every_stride() -> None:
 def test_odd_strides_of_either_cache_make_it_unaligned() -> None:
     x = make([1], [5], d=16, slack=0)
     odd = torch.zeros(1, 5, 2, 17)[..., :16]
-    assert problem_of(x).kv_aligned
-    assert not problem_of(dataclasses.replace(x, k=odd)).kv_aligned
-    assert not problem_of(dataclasses.replace(x, v=odd)).kv_aligned
+    assert problem_of(x).aligned
+    assert not problem_of(dataclasses.replace(x, k=odd)).aligned
+    assert not problem_of(dataclasses.replace(x, v=odd)).aligned
 
 
 # ---- HEADFOLD_CHECK=1 -------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from headfold import backends
 from headfold.planner import DEVICES, device_named, make_plan
-from headfold.problem import Inputs, check, check_values, is_aligned, problem_of
+from headfold.problem import Inputs, check, is_aligned, problem_of
+from headfold.values import check_values
 from tests.cases import NAN, assert_accurate, make, poisoned
 
 SEED = int(os.environ.get("HEADFOLD_SEED", random.randrange(2**32)))
@@ -184,7 +185,7 @@ def test_random_calls_reduce_to_problems_with_plans_on_every_device(call: Call) 
     assert p.max_seqlen_k >= max(call.k_lens, default=0)
     assert p.total_q >= sum(call.q_lens)
     assert p.total_k >= sum(call.k_lens)
-    assert p.kv_aligned == (is_aligned(x.k) and is_aligned(x.v))
+    assert p.aligned == all(is_aligned(t) for t in (x.q, x.k, x.v))
     assert p.is_empty <= (sum(call.q_lens) == 0 or sum(call.k_lens) == 0)
     for device in (*DEVICES.values(), device_named("cpu")):
         plan = make_plan(p, device)

@@ -33,18 +33,21 @@ def device_of(device: torch.device) -> Device:
     return _forced if _forced is not None else running_device(device)
 
 
-def plan_of(x: Inputs) -> tuple[Problem, Plan]:
-    """The Problem and the Plan of checked inputs."""
-    problem = problem_of(x)
+def plan_of(x: Inputs, out: torch.Tensor | None = None) -> tuple[Problem, Plan]:
+    """The Problem and the Plan of checked inputs, and of where the output goes if that is known."""
+    problem = problem_of(x, out)
     return problem, make_plan(problem, device_of(x.q.device))
 
 
 def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Compute attention of checked inputs into `out` (x.out_shape) and `lse` (x.lse_shape, float32)."""
-    _, plan = plan_of(x)
+    _, plan = plan_of(x, out)
     if plan.kernel == "none":
         out.zero_()
-        lse.fill_(float("-inf"))
+        if x.sink is None:
+            lse.fill_(float("-inf"))
+        else:  # the sink is all there is in the softmax
+            lse.copy_(x.sink.view(-1, 1).expand_as(lse))
     elif plan.backend == "cpu":
         from headfold.backends.cpu import run as run_on_cpu
 

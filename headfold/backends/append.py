@@ -18,9 +18,7 @@ TILE = 2048
 NUM_WARPS = 4
 
 
-def rotary_constants(
-    cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool
-) -> dict[str, Any]:
+def rotary_constants(cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool) -> dict[str, Any]:
     """The compile-time arguments of `load_rotated`; ROTARY_DIM 0 without angles.
 
     ROTARY_DIM is one, since a model has one and the loads of a pair's other half are wide only if it is known.

@@ -13,7 +13,7 @@ from headfold.kernels.fixup import fixup_kernel
 from headfold.kernels.prefill import prefill_kernel
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import next_power_of_two
-from headfold.problem import Inputs, is_aligned
+from headfold.problem import Inputs
 
 # An open window side: above any position, and a sum with a position still fits 32 bits.
 OPEN_SIDE = 2**30
@@ -70,7 +70,7 @@ def division(d: int) -> tuple[int, int]:
     return -(-(2 ** (31 + shift)) // d), shift
 
 
-def constants(plan: Plan, head_dim: int, head_dim_v: int, aligned: bool, itemsize: int) -> dict[str, Any]:
+def constants(plan: Plan, head_dim: int, head_dim_v: int, itemsize: int) -> dict[str, Any]:
     """The kernel's compile-time arguments: all that a compiled variant depends on besides dtypes and layout."""
     values: dict[str, Any] = {
         "HEAD_DIM": head_dim,
@@ -81,10 +81,15 @@ def constants(plan: Plan, head_dim: int, head_dim_v: int, aligned: bool, itemsiz
         "DV1": plan.dv_parts[1],
         "BLOCK_M": plan.block_m,
         "BLOCK_N": plan.block_n,
-        "ALIGN": 16 // itemsize if aligned else 1,
+        "ALIGN": 16 // itemsize if plan.aligned else 1,
         "SEARCH": plan.search_tiles,
         "SOFTCAP": plan.softcap,
         "CHUNKED": plan.chunked,
+        "SKIP": plan.skip_blocks,
+        "MASK_ALIGN": plan.mask_align,
+        "ROTARY_DIM": plan.rotary[0],
+        "INTERLEAVED": plan.rotary[1],
+        "ROTARY_ALIGN": plan.rotary[2],
     }
     if plan.kernel == "prefill":
         values["TMA"] = plan.use_tma
@@ -115,7 +120,6 @@ def _launch(
     slopes_stride = (
         x.alibi_slopes.stride(0) if x.alibi_slopes is not None and x.alibi_slopes.dim() == 2 else 0
     )
-    aligned = all(is_aligned(t) for t in (x.q, x.k, x.v, out))
     arguments = (
         x.q,
         x.k,
@@ -158,8 +162,15 @@ def _launch(
         *(x.tree_mask.stride()[:2] if x.tree_mask is not None else (0, 0)),
         x.cache_batch_idx,
         x.cache_leftpad,
+        x.rotary_cos,
+        x.rotary_sin,
+        x.rotary_positions,
+        x.rotary_cos.stride(0) if x.rotary_cos is not None else 0,
+        x.rotary_sin.stride(0) if x.rotary_sin is not None else 0,
+        x.rotary_cos.shape[0] if x.rotary_cos is not None else 0,
+        int(x.rotary_advances),
     )
-    variant = constants(plan, x.q.shape[-1], x.v.shape[-1], aligned, x.q.element_size())
+    variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.element_size())
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
     with _on_device(x.q):
         if plan.kernel == "decode":

@@ -19,9 +19,7 @@ APPEND_INTEGERS = (
 
 
 @triton.jit
-def cache_rows_of(
-    place, fits, slot, page_table, table_stride, pages, page_size, cache_rows
-):
+def cache_rows_of(place, fits, slot, page_table, table_stride, pages, page_size, cache_rows):
     """(row or page, place in it, fits) of the tokens at `place` of a cache row; nothing is read where not fits.
 
     A token fits no longer where the row does not exist, or the page that the table names.

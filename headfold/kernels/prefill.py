@@ -9,6 +9,7 @@ import triton.language as tl
 from headfold.kernels.parts.attend import attend
 from headfold.kernels.parts.fold import fold_rows
 from headfold.kernels.parts.kv import aligned, sequence_keys
+from headfold.kernels.parts.mask import has_bias
 from headfold.kernels.parts.spans import sequence_span, visible_keys
 from headfold.kernels.parts.tile import empty_state, load_queries, locate, store_result, tile_keys
 from headfold.kernels.specialize import INTEGERS
@@ -74,6 +75,13 @@ def prefill_kernel(
     tree_stride_q: tl.int64,
     cache_batch_idx,
     cache_leftpad,
+    rotary_cos,
+    rotary_sin,
+    rotary_positions,
+    cos_stride: tl.int64,
+    sin_stride: tl.int64,
+    max_positions: tl.int32,
+    rotary_advances: tl.int32,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     D0: tl.constexpr,
@@ -86,6 +94,11 @@ def prefill_kernel(
     SEARCH: tl.constexpr,
     SOFTCAP: tl.constexpr,
     CHUNKED: tl.constexpr,
+    SKIP: tl.constexpr,
+    MASK_ALIGN: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROTARY_ALIGN: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """Grid: (tiles, head units), later tiles of a sequence first: under a causal mask they are the long ones."""
@@ -133,7 +146,27 @@ def prefill_kernel(
     q_rows = position.to(tl.int64) * aligned(q_stride_s, ALIGN) + head.to(tl.int64) * aligned(
         q_stride_h, ALIGN
     )
-    queries = load_queries(Q + q_offset, q_rows, live, sign, HEAD_DIM, D0, D1)
+    angles = position
+    if ROTARY_DIM > 0:
+        angles = tl.load(rotary_positions + seq) + position * rotary_advances
+    queries = load_queries(
+        Q + q_offset,
+        q_rows,
+        live,
+        sign,
+        angles,
+        rotary_cos,
+        rotary_sin,
+        cos_stride,
+        sin_stride,
+        max_positions,
+        HEAD_DIM,
+        D0,
+        D1,
+        ROTARY_DIM,
+        INTERLEAVED,
+        ROTARY_ALIGN,
+    )
     shift, key_low, key_high, full_low, full_high = tile_keys(
         first_row, sq, sk, fold, bottom_right, window_left, window_right, chunk, BLOCK_M, CHUNKED
     )
@@ -143,9 +176,11 @@ def prefill_kernel(
         slope = tl.load(Slopes + seq * slopes_stride_b + head, mask=live, other=0.0).to(tl.float32)
     mask_rows = None
     if Mask is not None:
-        mask_rows = (
-            position.to(tl.int64) * mask_stride_q + head.to(tl.int64) * mask_stride_h + seq * mask_stride_b
+        mask_rows = position.to(tl.int64) * aligned(mask_stride_q, MASK_ALIGN)
+        mask_rows += head.to(tl.int64) * aligned(mask_stride_h, MASK_ALIGN) + seq * aligned(
+            mask_stride_b, MASK_ALIGN
         )
+    in_log2: tl.constexpr = has_bias(Slopes, Mask)
     tree_rows = None
     if Tree is not None:
         tree_rows = position.to(tl.int64) * tree_stride_q + seq * tree_stride_b
@@ -201,6 +236,8 @@ def prefill_kernel(
         BLOCK_N,
         ALIGN,
         SOFTCAP,
+        SKIP,
+        MASK_ALIGN,
         True,
         TMA,
     )
@@ -241,6 +278,8 @@ def prefill_kernel(
             BLOCK_N,
             ALIGN,
             SOFTCAP,
+            SKIP,
+            MASK_ALIGN,
             False,
             TMA,
         )
@@ -280,6 +319,8 @@ def prefill_kernel(
             BLOCK_N,
             ALIGN,
             SOFTCAP,
+            SKIP,
+            MASK_ALIGN,
             True,
             TMA,
         )
@@ -296,7 +337,7 @@ def prefill_kernel(
         head,
         Sink,
         True,
-        Slopes is not None or Mask is not None,
+        in_log2,
         scale_log2,
         HEAD_DIM_V,
         DV0,

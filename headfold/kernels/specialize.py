@@ -9,7 +9,7 @@ INTEGERS = (
     "lse_stride_split lse_stride_b lse_stride_s lse_stride_h table_stride "
     "page_size page_magic page_shift window_left window_right bottom_right "
     "chunk tokens_per_split slopes_stride_b mask_stride_b mask_stride_h mask_stride_q mask_stride_k "
-    "tree_stride_b tree_stride_q"
+    "tree_stride_b tree_stride_q cos_stride sin_stride max_positions rotary_advances"
 ).split()
 FIXUP_INTEGERS = (
     "num_splits rows heads batch po_stride_split po_stride_b po_stride_s po_stride_h "

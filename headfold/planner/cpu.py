@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from headfold.planner.plan import Plan
@@ -24,7 +26,7 @@ PACKED_ROWS = 64
 COPY_SHARE = 32
 # Keys of one split of a prefill: pages are gathered a split at a time, and each split merges the output once more.
 PREFILL_SPLIT_KEYS = 4096
-# Queries of one additive mask in a prefill: the kernel's own largest block.
+# Queries of one additive mask in a prefill: the kernel's own largest block. So many folded rows are a block too.
 MASK_ROWS = 256
 
 
@@ -35,9 +37,37 @@ def plan_cpu(p: Problem) -> Plan:
     give the same bits.
     """
     rows = p.max_seqlen_q * p.group
-    if rows <= DECODE_ROWS or p.max_seqlen_q < DECODE_QUERIES:
-        return _decode_plan(p, rows)
-    return _prefill_plan(p)
+    few = rows <= DECODE_ROWS or p.max_seqlen_q < DECODE_QUERIES
+    if p.softcap or p.tensor_mask or p.tokens_per_split:
+        return _block_plan(p, "decode" if few else "prefill")
+    return _decode_plan(p, rows) if few else _prefill_plan(p)
+
+
+def _block_plan(p: Problem, kernel: Literal["decode", "prefill"]) -> Plan:
+    """Blocks of folded rows and keys, for few queries and many; with tokens_per_split nothing but it decides."""
+    forced = p.num_splits and not p.tokens_per_split
+    extent = p.tokens_per_split or SPLIT_KEYS
+    splits = p.num_splits if forced else -(-p.max_seqlen_k // extent)
+    together = max(1, min(p.batch, _copied_keys(p) // max(1, p.max_seqlen_k)))
+    if p.tokens_per_split:
+        together = 1  # how PyTorch's kernel cuts a call depends on all that is in it
+    how = "of equal parts, as num_splits asks" if forced else f"of {extent} keys"
+    return Plan(
+        backend="cpu",
+        kernel=kernel,
+        fold=p.group,
+        block_m=MASK_ROWS,
+        block_n=0 if forced else extent,
+        head_units=p.num_kv_heads,
+        tiles=p.batch,
+        tiles_per_sequence=1,
+        num_splits=splits,
+        num_stages=together,
+        reasons=(
+            f"{p.group} heads folded into rows, in blocks of {MASK_ROWS} at most; {splits} "
+            f"split{'s' if splits > 1 else ''} {how}",
+        ),
+    )
 
 
 def _decode_plan(p: Problem, rows: int) -> Plan:

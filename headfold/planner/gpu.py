@@ -28,12 +28,26 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
     units = p.num_heads // fold
     rows = p.max_seqlen_q * fold
     reasons = [fold_reason]
-    tile = decode_tile(rows, p.head_dim, p.head_dim_v, p.dtype, p.kv_layout == "paged", device)
+    paged = p.kv_layout == "paged"
+    # A sequence whose splits are fixed must not get another tile for what else is in its batch.
+    decode_rows = fold if p.tokens_per_split else rows
+    tile = decode_tile(decode_rows, p.head_dim, p.head_dim_v, p.dtype, paged, device, p.aligned)
     tiles, _, _ = count_tiles(p, fold, tile.rows)
     blocks = span_blocks(p, tile.keys)
     splits = p.num_splits or choose_splits(tiles * units, blocks, usable)
-    if rows > DECODE_ROWS and p.num_splits < 2:
-        prefill = prefill_tile(p.head_dim, p.head_dim_v, p.dtype, tma_possible(p), device)
+    if p.tokens_per_split:
+        splits = -(-p.max_seqlen_k // p.tokens_per_split)
+    elif rows > DECODE_ROWS and p.num_splits < 2:
+        prefill = prefill_tile(
+            p.head_dim,
+            p.head_dim_v,
+            p.dtype,
+            tma_possible(p),
+            device,
+            paged=paged,
+            aligned=p.aligned,
+            tensor_mask=p.tensor_mask,
+        )
         whole, _, _ = count_tiles(p, fold, prefill.rows)
         if splits == 1 or whole * units >= usable:
             reasons.append(
@@ -42,6 +56,8 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
             return _plan(p, device, "prefill", prefill, fold, 1, reasons)
         reasons.append(f"{whole * units} tiles leave multiprocessors idle: keys are split instead")
     how = "forced by num_splits" if p.num_splits else f"over {blocks} block{'s' if blocks > 1 else ''}"
+    if p.tokens_per_split:
+        how = f"of {p.tokens_per_split} keys, as tokens_per_split asks"
     reasons.append(f"{splits} split{'s' if splits > 1 else ''} a tile, {how}")
     return _plan(p, device, "decode", tile, fold, splits, reasons)
 
@@ -64,7 +80,7 @@ def choose_fold(p: Problem) -> tuple[int, str]:
 def tma_possible(p: Problem) -> bool:
     """True when the copy engine can fetch K and V: 16-byte rows, whole tiles in the head dimension, no pages."""
     whole = all(split_dim(d) == (d, 0) for d in (p.head_dim, p.head_dim_v))
-    return p.kv_layout != "paged" and p.kv_aligned and whole and p.dtype.itemsize == 2
+    return p.kv_layout != "paged" and p.tma_strides and p.aligned and whole and p.dtype.itemsize == 2
 
 
 def count_tiles(p: Problem, fold: int, block_m: int) -> tuple[int, int, bool]:
@@ -89,6 +105,8 @@ def span_blocks(p: Problem, block_n: int) -> int:
     elif p.window_left is not None or p.window_right is not None:
         start, end = key_span(p, 0, p.max_seqlen_q - 1)
         width = end - start
+    if p.attention_chunk:
+        width = min(width, p.max_seqlen_q + p.attention_chunk)
     return max(1, -(-width // block_n))
 
 
@@ -136,8 +154,12 @@ def _plan(
         dv_parts=split_dim(p.head_dim_v),
         use_tma=tile.tma,
         search_tiles=search,
+        aligned=p.aligned,
         softcap=p.softcap,
         chunked=p.attention_chunk > 0,
+        skip_blocks=p.tensor_mask,
+        mask_align=p.mask_align,
+        rotary=p.rotary,
         workspace=splits * p.total_q * p.num_heads * (row_width + 1) * 4 if splits > 1 else 0,
         shared_memory=shared_memory(tile, p.head_dim, p.head_dim_v, p.dtype),
         reasons=tuple(reasons),

@@ -39,8 +39,12 @@ class Plan:
     dv_parts: tuple[int, int] = (0, 0)
     use_tma: bool = False
     search_tiles: bool = False
+    aligned: bool = True
     softcap: bool = False
     chunked: bool = False
+    skip_blocks: bool = False
+    mask_align: int = 0
+    rotary: tuple[int, bool, int] = (0, False, 1)
     workspace: int = 0
     shared_memory: int = 0
     reasons: tuple[str, ...] = ()

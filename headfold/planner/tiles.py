@@ -59,22 +59,29 @@ def shared_memory(tile: Tile, d: int, dv: int, dtype: torch.dtype) -> int:
     return queries + buffers * block + indices + 8192
 
 
-def decode_tile(rows: int, d: int, dv: int, dtype: torch.dtype, paged: bool, device: Device) -> Tile:
+def decode_tile(
+    rows: int, d: int, dv: int, dtype: torch.dtype, paged: bool, device: Device, aligned: bool = True
+) -> Tile:
     """The tile of the decode kernel for `rows` folded rows of a sequence.
 
     64 KB of K and V a block, double-buffered, is what keeps enough bytes in flight on an H200 at every head
-    dimension (95 to 99 % of the read ceiling in prototypes); smaller blocks where shared memory is short.
+    dimension (95 to 99 % of the read ceiling in prototypes); smaller blocks where shared memory is short. Rows
+    that are not 16-byte aligned are loaded element by element through registers: larger blocks would spill.
     """
     wide = max(padded(d), padded(dv))
     # The page look-up takes two stages of the pipeline for itself: with fewer the K/V copies are no longer
     # double-buffered (+30 % measured on an H200).
     stages = 5 if paged else 3
+    block_m = min(max(16, next_power_of_two(rows)), 64)
     if dtype == torch.float32:
         # Full float32 products run on the FMA units with their operands in registers: larger tiles spill.
-        tile = (Tile(16, 32, 8, stages) if wide > 64 else Tile(16, 16, 4, stages)) if rows <= 16 else None
-        tile = tile or Tile(32, 16, 16, stages)
+        small = (
+            Tile(16, 32, 8, stages) if wide > 64 and aligned else Tile(16, 16, 8 if wide > 64 else 4, stages)
+        )
+        tile = small if rows <= 16 else Tile(32, 16, 16, stages)
+    elif not aligned:
+        tile = Tile(block_m, 32, 8, stages)
     else:
-        block_m = min(max(16, next_power_of_two(rows)), 64)
         keys = min(256, next_power_of_two(32 * 1024 // (padded(d) + padded(dv)) + 1) // 2)
         if block_m >= 32 and wide > 128:
             tile = Tile(64, 64, 8, stages) if block_m == 64 else Tile(32, 32, 4, stages)
@@ -87,25 +94,40 @@ def decode_tile(rows: int, d: int, dv: int, dtype: torch.dtype, paged: bool, dev
     return tile
 
 
-def prefill_tile(d: int, dv: int, dtype: torch.dtype, tma_possible: bool, device: Device) -> Tile:
+def prefill_tile(
+    d: int,
+    dv: int,
+    dtype: torch.dtype,
+    tma_possible: bool,
+    device: Device,
+    *,
+    paged: bool = False,
+    aligned: bool = True,
+    tensor_mask: bool = False,
+) -> Tile:
     """The tile of the prefill kernel: the first of a measured order that fits the shared memory.
 
     On an H200 (bf16, 4096 queries and keys, no mask, TFLOP/s): d128 through the copy engine 64 x 64 with 4 warps
     474 (two programs share a multiprocessor, one's softmax runs beside the other's products), 128 x 128 with 8
     warps 364; through pointers 128 x 64 with 8 warps 428, 64 x 64 with 4 warps 402. d64 64 x 128 406, 64 x 64
-    350. d256 128 x 32 389, 128 x 64 359.
+    350. d256 128 x 32 389, 128 x 64 359. Masks given as tensors and unaligned rows need registers for addresses
+    and elements: 64 x 32 with 8 warps is what does not spill.
     """
     wide = max(padded(d), padded(dv))
+    extra = 2 if paged else 0  # the page look-up's own stages, as in decode_tile
     if dtype == torch.float32:
         return Tile(64, 16, 16, 2) if 64 < wide <= 128 else Tile(32, 16, 16, 2)
     tma = tma_possible and device.arch >= (9, 0)
-    if wide <= 64:
+    if not aligned or tensor_mask:
+        candidates = [Tile(64, 32, 8, 2 + extra), Tile(64, 16, 8, 2 + extra)]
+    elif wide <= 64:
         candidates = [Tile(64, 128, 4, 3, True)] if tma else []
-        candidates += [Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)]
+        candidates += [Tile(128, 64, 8, n + extra) for n in (3, 2)] + [Tile(128, 32, 8, 2 + extra)]
     elif wide <= 128:
         candidates = [Tile(64, 64, 4, 3, True)] if tma else []
-        candidates += [Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)]
+        candidates += [Tile(128, 64, 8, n + extra) for n in (3, 2)]
+        candidates += [Tile(128, 32, 8, 2 + extra), Tile(64, 32, 4, 2 + extra)]
     else:
         candidates = [Tile(128, 32, 8, 3, True)] if tma else []
-        candidates += [Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)]
+        candidates += [Tile(64, keys, 8, 2 + extra) for keys in (64, 32, 16)]
     return next((t for t in candidates if shared_memory(t, d, dv, dtype) <= device.smem), candidates[-1])

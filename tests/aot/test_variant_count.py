@@ -44,7 +44,7 @@ def sweep() -> Any:
                     "kv_layout": layout,
                     "page_size": 16 if layout == "paged" else 0,
                     "window_left": window,
-                    "kv_aligned": aligned,
+                    "aligned": aligned,
                     "num_splits": splits,
                 },
             )
@@ -58,7 +58,7 @@ def test_variants_of_a_dtype_and_head_dimension_are_few(device: str, dtype: Any)
         met: dict[str, set[Any]] = defaultdict(set)
         for aligned, p in sweep():
             plan = make_plan(problem(d=d, head_dim_v=dv, dtype=dtype, **p), DEVICES[device])
-            values = constants(plan, d, dv, aligned, dtype.itemsize)
+            values = constants(plan, d, dv, dtype.itemsize)
             met[plan.kernel].add((*sorted(values.items()), plan.num_warps, plan.num_stages))
         assert set(met) == {"decode", "prefill"}
         assert {kernel: len(variants) for kernel, variants in met.items() if len(variants) >= LIMIT} == {}
@@ -86,4 +86,4 @@ def test_the_launchers_constants_are_the_kernels(kernel: Any) -> None:
     plan = make_plan(problem(sq=1 if kind == "decode" else 2048, num_splits=1), DEVICES["h200"])
     assert plan.kernel == kind
     wanted = {n for n in inspect.signature(kernel.fn).parameters if n.isupper() and len(n) > 1}
-    assert set(constants(plan, 128, 128, True, 2)) == wanted
+    assert set(constants(plan, 128, 128, 2)) == wanted

@@ -3,56 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
 
 from headfold import reference
 from headfold.backends import cpu
 from headfold.backends.cpu_band import Band
-from headfold.planner.cpu import plan_cpu
-from headfold.planner.plan import Plan
-from headfold.problem import Inputs, problem_of
+from headfold.problem import problem_of
+from tests.backends.running import (
+    DTYPES,
+    attend,
+    check,
+    either_form,
+    kv_bytes_of,
+    peak_bytes,
+    plan_for,
+)
 from tests.cases import NAN, assert_accurate, make, poisoned
 
 INF = float("inf")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads wait for each other in every small operator, for minutes when other processes run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def plan_for(x: Inputs, **changes: Any) -> Plan:
-    return dataclasses.replace(plan_cpu(problem_of(x)), **changes)
-
-
-def attend(x: Inputs, plan: Plan | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = poisoned(x)
-    cpu.run(plan or plan_for(x), x, out, lse)
-    return out, lse
-
-
-def check(x: Inputs, **changes: Any) -> None:
-    assert_accurate(x, *attend(x, plan_for(x, **changes)))
-
-
-def either_form(block_m: int = 16, block_n: int = 24) -> list[dict[str, Any]]:
-    """Plans that cut the smallest problem into many splits and pieces, in both forms."""
-    return [
-        {"kernel": "decode", "block_n": block_n, "num_splits": 99, "num_stages": 3},
-        {"kernel": "prefill", "block_n": block_n, "block_m": block_m, "num_splits": 99, "head_units": 2},
-    ]
 
 
 # ---- results ----------------------------------------------------------------------------------------------
@@ -254,62 +227,48 @@ def test_same_inputs_same_bits_on_two_threads() -> None:
 # ---- memory -----------------------------------------------------------------------------------------------
 
 
-def peak_bytes(x: Inputs, plan: Plan) -> int:
-    """Most bytes that PyTorch's CPU allocator held at once during a run, over what it held before."""
-    out, lse = poisoned(x)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
-        cpu.run(plan, x, out, lse)
-    held = peak = 0
-    for event in p.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
-def _kv_bytes(x: Inputs) -> int:
-    return problem_of(x).kv_bytes
-
-
 @pytest.mark.parametrize("kv_layout", ["dense", "ragged", "paged"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [8, 128])
 def test_decode_holds_a_tenth_of_the_cache_at_most(heads: int, dtype: torch.dtype, kv_layout: str) -> None:
     """128 heads are 64 rows a tile, from which PyTorch's bf16 kernel copies what one call is given."""
     x = make([1, 1], [16000, 9000], heads=heads, kv_heads=2, d=64, dtype=dtype, kv_layout=kv_layout)
-    assert peak_bytes(x, plan_for(x)) < _kv_bytes(x) / 10
+    assert peak_bytes(x, plan_for(x)) < kv_bytes_of(x) / 10
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prefill_never_copies_the_whole_cache(dtype: torch.dtype) -> None:
     x = make([128], [16000], heads=32, kv_heads=8, d=64, dtype=dtype, slack=0)
-    assert peak_bytes(x, plan_for(x)) < _kv_bytes(x) / 4
+    assert peak_bytes(x, plan_for(x)) < kv_bytes_of(x) / 4
 
 
 def test_the_memory_test_can_fail() -> None:
     """One call over all splits gathers every page at once."""
     x = make([1], [16000], heads=8, kv_heads=2, d=32, kv_layout="paged")
-    assert peak_bytes(x, plan_for(x, num_stages=10**6)) > _kv_bytes(x) / 2
+    assert peak_bytes(x, plan_for(x, num_stages=10**6)) > kv_bytes_of(x) / 2
 
 
 # ---- the band ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     sq=st.integers(0, 12),
     sk=st.integers(0, 12),
     left=st.integers(-1, 14),
     right=st.integers(-1, 14),
     bottom_right=st.booleans(),
+    chunk=st.sampled_from([0, 0, 1, 2, 3, 5, 12]),
     block_m=st.integers(1, 5),
     block_n=st.integers(1, 13),
 )
 def test_pieces_cover_each_visible_pair_once(
-    sq: int, sk: int, left: int, right: int, bottom_right: bool, block_m: int, block_n: int
+    sq: int, sk: int, left: int, right: int, bottom_right: bool, chunk: int, block_m: int, block_n: int
 ) -> None:
-    seen = reference.visible(sq, sk, left, right, bottom_right)
-    band = Band(sq, sk, sk - sq if bottom_right else 0, left, right)
+    x = make([sq], [sk], slack=0, window=(left, right), bottom_right=bottom_right, d=1, heads=1, kv_heads=1)
+    x.attention_chunk = chunk
+    seen = reference.mask_of(x, 0, sq, sk)[0][0]
+    band = Band.of(x, sq, sk)
     first, last = band.rows()
     assert seen[first:last].any(1).all()
     assert not seen[:first].any()
@@ -319,6 +278,7 @@ def test_pieces_cover_each_visible_pair_once(
     if first == last:
         return
     start, end = band.keys(first, last)
+    assert seen.any(0).nonzero().flatten().tolist() == list(range(start, end))
     for a in range(start, end, block_n):
         for p in band.pieces(block_m, a, min(a + block_n, end)):
             area = torch.ones(p.last - p.first, p.end - p.start, dtype=torch.bool)

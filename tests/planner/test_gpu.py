@@ -269,7 +269,7 @@ def test_tma_needs_aligned_whole_half_precision_rows_without_pages() -> None:
     assert tma_possible(p)
     assert make_plan(p, H200).use_tma
     for change in (
-        {"kv_aligned": False},
+        {"aligned": False},
         {"kv_layout": "paged", "page_size": 16},
         {"head_dim": 96},
         {"head_dim_v": 72},

@@ -13,7 +13,7 @@ def aligned(stride, ALIGN: tl.constexpr):
     tl.multiple_of on an argument is lost on the way through an inlined function (Triton 3.6 to 3.9); a product
     with a constant is not, and 16-byte copies depend on it.
     """
-    return stride // ALIGN * ALIGN
+    return stride // ALIGN * ALIGN if ALIGN > 1 else stride
 
 
 @triton.jit

@@ -4,14 +4,25 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def has_bias(slopes, mask):
+    """True when something is added to the scores: the state's maximum is then in log2 units."""
+    return slopes is not None or (mask is not None and mask.dtype.element_ty.is_floating())
+
+
 @triton.jit
-def tensor_mask(visible, Mask, rows, stride_key, j, sk, live):
+def tensor_mask(visible, Mask, rows, stride_key, j, sk, live, MASK_ALIGN: tl.constexpr):
     """`visible` (BLOCK_M, BLOCK_N) under a bool or additive mask; the bias in log2 units (0 for a bool mask).
 
     `rows` (BLOCK_M,) are the offsets of the rows in the mask. A bias of -inf hides a key, as False does.
+    MASK_ALIGN > 0: keys lie side by side and rows start at multiples of it, so that loads are wide ones.
     """
     inside = live[:, None] & (j < sk)[None, :]
-    value = tl.load(Mask + rows[:, None] + j.to(tl.int64)[None, :] * stride_key, mask=inside, other=0)
+    if MASK_ALIGN > 0:
+        offsets = rows[:, None] + j[None, :]
+    else:
+        offsets = rows[:, None] + j.to(tl.int64)[None, :] * stride_key
+    value = tl.load(Mask + offsets, mask=inside, other=0)
     if Mask.dtype.element_ty.is_int():
         visible = visible & (value != 0)
         bias = tl.zeros(value.shape, tl.float32)

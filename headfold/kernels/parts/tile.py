@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from headfold.kernels.parts.fold import load_rows, store_rows
+from headfold.kernels.parts.rotary import load_rotated
 from headfold.kernels.parts.softmax import add_sink, softmax_finish
 from headfold.kernels.parts.spans import find_sequence, visible_keys
 
@@ -20,12 +21,106 @@ def locate(tile, tiles_per_sequence, cu_seqlens_q, batch, fold, BLOCK_M: tl.cons
 
 
 @triton.jit
-def load_queries(Q, rows, live, sign, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def load_part(
+    Q,
+    rows,
+    live,
+    sign,
+    angles,
+    Cos,
+    Sin,
+    cos_stride,
+    sin_stride,
+    max_positions,
+    HEAD_DIM: tl.constexpr,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROTARY_ALIGN: tl.constexpr,
+):
+    """Columns START..START+WIDTH of a tile's queries, rotated where asked and rounded as a stored q would be."""
+    if ROTARY_DIM > 0:
+        part = load_rotated(
+            Q,
+            rows,
+            live,
+            angles,
+            Cos,
+            Sin,
+            cos_stride,
+            sin_stride,
+            max_positions,
+            HEAD_DIM,
+            START,
+            WIDTH,
+            ROTARY_DIM,
+            INTERLEAVED,
+            ROTARY_ALIGN,
+        ).to(Q.dtype.element_ty)
+    else:
+        part = load_rows(Q, rows, live, HEAD_DIM, START, WIDTH)
+    return (part * sign).to(Q.dtype.element_ty)
+
+
+@triton.jit
+def load_queries(
+    Q,
+    rows,
+    live,
+    sign,
+    angles,
+    Cos,
+    Sin,
+    cos_stride,
+    sin_stride,
+    max_positions,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROTARY_ALIGN: tl.constexpr,
+):
     """Both parts of a tile's queries, negated when the softmax scale is negative (exact in any precision)."""
-    q0 = (load_rows(Q, rows, live, HEAD_DIM, 0, D0) * sign).to(Q.dtype.element_ty)
+    q0 = load_part(
+        Q,
+        rows,
+        live,
+        sign,
+        angles,
+        Cos,
+        Sin,
+        cos_stride,
+        sin_stride,
+        max_positions,
+        HEAD_DIM,
+        0,
+        D0,
+        ROTARY_DIM,
+        INTERLEAVED,
+        ROTARY_ALIGN,
+    )
     q1 = q0
     if D1 > 0:
-        q1 = (load_rows(Q, rows, live, HEAD_DIM, D0, D1) * sign).to(Q.dtype.element_ty)
+        q1 = load_part(
+            Q,
+            rows,
+            live,
+            sign,
+            angles,
+            Cos,
+            Sin,
+            cos_stride,
+            sin_stride,
+            max_positions,
+            HEAD_DIM,
+            D0,
+            D1,
+            ROTARY_DIM,
+            INTERLEAVED,
+            ROTARY_ALIGN,
+        )
     return q0, q1
 
 

@@ -1,0 +1,106 @@
+"""What queries of a run of sequences see and what is added to their scores, one block of pairs at a time.
+
+Nothing of a mask's full size is ever made: a block is cut out of the caller's tensors where they lie, and a
+dimension along which a mask is expanded (stride 0) stays of size 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from headfold.backends.cpu_band import Band
+from headfold.backends.cpu_states import NEG_INF
+from headfold.problem import Inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of pairs: seen bool and bias float32, both (n | 1, h | 1, p | 1, e), None for all seen and for 0."""
+
+    seen: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def keys_seen(self) -> torch.Tensor | None:
+        """Bool (e,): the keys that some query of some head sees; None for all of them."""
+        return None if self.seen is None else self.seen.flatten(0, 2).any(0)
+
+    def added(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is added to the scaled scores, -inf where a key is hidden: of `dtype`, or float32 with a bias."""
+        if self.bias is None:
+            if self.seen is None:
+                return None
+            return torch.zeros(self.seen.shape, dtype=dtype).masked_fill_(~self.seen, NEG_INF)
+        return self.bias if self.seen is None else self.bias.masked_fill(~self.seen, NEG_INF)
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """All that hides keys from n sequences of equal lengths or biases their scores.
+
+    tree: bool (n, sq, sq); slopes: float32 (n | 1, h, 1, 1); mask: (n | 1, h | 1, sq | 1, sk | 1).
+    """
+
+    band: Band
+    tree: torch.Tensor | None
+    slopes: torch.Tensor | None
+    mask: torch.Tensor | None
+
+    @classmethod
+    def of(cls, x: Inputs, band: Band, batch: slice) -> Masks:
+        """The masks of those sequences of x; mask rows and columns past the band's lengths are not read."""
+        slopes, mask = x.alibi_slopes, x.mask
+        if slopes is not None:
+            slopes = (slopes.unsqueeze(0) if slopes.dim() == 1 else slopes[batch])[:, :, None, None]
+        if mask is not None:
+            mask = _unexpanded(mask[batch])
+        return cls(band, None if x.tree_mask is None else x.tree_mask[batch], slopes, mask)
+
+    def block(self, first: int, last: int, start: int, end: int) -> Block:
+        """Queries first..last-1 against keys start..end-1."""
+        band, seen, bias = self.band, None, None
+        if not band.is_full(first, last, start, end):
+            seen = band.visible(first, last, start, end)[None, None]
+        newest = max(start, band.sk - min(band.sq, band.sk))
+        if self.tree is not None and newest < end:
+            shift = band.sk - band.sq
+            tree = self.tree[:, None, first:last, newest - shift : end - shift]
+            listed = tree.new_ones((*tree.shape[:3], end - start))
+            listed[..., newest - start :] = tree
+            seen = _both(seen, listed)
+        if self.slopes is not None:
+            distance = torch.arange(start, end) - torch.arange(first, last).unsqueeze(1) - band.diagonal
+            bias = -self.slopes * distance.abs()
+        if self.mask is not None:
+            mask = _cut(_cut(self.mask, 2, first, last), 3, start, end)
+            mask = mask.expand(-1, -1, -1, end - start)
+            if mask.dtype == torch.bool:
+                seen = _both(seen, mask)
+            else:
+                seen = _both(seen, mask > NEG_INF)
+                bias = mask.float() if bias is None else bias + mask.float()
+        return Block(seen, bias)
+
+
+def folded(t: torch.Tensor, positions: int, heads: tuple[int, int]) -> torch.Tensor:
+    """t (n | 1, h | 1, p | 1, e) for folded rows, (n | 1, hk | 1, p * G, e): row p * G + g is head g's position p."""
+    t = t.unsqueeze(2) if t.shape[1] == 1 else t.unflatten(1, heads)
+    return t.transpose(2, 3).expand(-1, -1, positions, heads[1], -1).flatten(2, 3)
+
+
+def _both(seen: torch.Tensor | None, also: torch.Tensor) -> torch.Tensor:
+    return also if seen is None else seen & also
+
+
+def _unexpanded(t: torch.Tensor) -> torch.Tensor:
+    """t with size 1 in every dimension along which it is expanded."""
+    for dim, stride in enumerate(t.stride()):
+        if stride == 0:
+            t = t.narrow(dim, 0, min(1, t.shape[dim]))
+    return t
+
+
+def _cut(t: torch.Tensor, dim: int, start: int, end: int) -> torch.Tensor:
+    """start..end-1 along a dimension, or all of it where it is expanded."""
+    return t if t.stride(dim) == 0 else t.narrow(dim, start, end - start)

@@ -1,0 +1,356 @@
+"""flash_attn_with_kvcache: the decoding step, and the metadata that decides its splits ahead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headfold.append import append
+from headfold.arguments import (
+    Result,
+    Window,
+    allow_tensors,
+    bound,
+    check_call,
+    check_flags,
+    features,
+    integer,
+    plain_options,
+    refuse,
+    require_tensors,
+    run,
+)
+from headfold.backends import device_of
+from headfold.planner import make_plan
+from headfold.problem import DTYPES, Problem
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    qv: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Any = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    learnable_sink: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
+    tokens_per_split: int | None = None,
+    out: torch.Tensor | None = None,
+) -> Result:
+    """Attention against a cache: the decoding step of a language model.
+
+    Args:
+        q: (b, sq, h, d), or (total_q, h, d) with cu_seqlens_q.
+        k_cache, v_cache: (b, sk, hk, d | dv), or (pages, page_size, hk, d | dv) with page_table.
+        cache_seqlens: int or (b,) int32, how many keys of each sequence count; None is the capacity (dense
+            caches only). Bytes past it are never read.
+        page_table: (b, max_pages) int32; entries past a sequence's end are never read. Any page size.
+        cu_seqlens_q, max_seqlen_q: offsets of ragged queries, and an upper bound of their lengths.
+        return_softmax_lse: also return the LSE, (b, h, sq) or (h, total_q), float32.
+        k, v: (b, s_new, hk, d | dv), or (total_new, hk, d | dv) with cu_seqlens_k_new: new keys and values, written
+            into the cache at cache_seqlens, rotated, and then attended to. cache_seqlens itself is not changed.
+            The cache must have room; HEADFOLD_CHECK=1 checks it.
+        rotary_cos, rotary_sin: (max_len, rotary_dim / 2), q's dtype or float32: rotate new k at cache_seqlens + i,
+            and q at cache_seqlens + i with causal or a window, at cache_seqlens otherwise.
+        rotary_interleaved: the rotated pairs are columns (0, 1), (2, 3)...; else (i, i + rotary_dim / 2).
+        rotary_seqlens: (b,) int32, positions to rotate at instead of cache_seqlens.
+        cache_batch_idx: (b,) int32, the cache row of each sequence; with a page_table, its row of the table.
+        cache_leftpad: (b,) int32, first valid key of a row; keys before it are not read, and sk and j count from
+            it (rotary positions do not).
+        tree_mask: bool (b, sq, sq), or its bits packed little-endian into uint8 (b, sq, ceil(sq / 8)): which of
+            the newest sq keys each query sees, on top of every earlier key.
+        scheduler_metadata: what `get_scheduler_metadata` returned.
+
+    The rest, the errors and the meaning are those of `flash_attn_func`.
+    """
+    caller = "flash_attn_with_kvcache"
+    require_tensors(caller, q=q, k_cache=k_cache, v_cache=v_cache)
+    refuse(caller, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    allow_tensors(
+        caller,
+        k=k,
+        v=v,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_seqlens=rotary_seqlens,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        page_table=page_table,
+        cu_seqlens_q=cu_seqlens_q,
+        tree_mask=tree_mask,
+        out=out,
+    )
+    check_flags(
+        caller, causal=causal, rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse
+    )
+    options = plain_options(caller, softmax_scale, causal, window_size, num_splits, pack_gqa, sm_margin)
+    options |= features(caller, softcap, attention_chunk, tokens_per_split, learnable_sink, alibi_slopes)
+    options["max_seqlen_q"] = bound(caller, "max_seqlen_q", max_seqlen_q)
+    options["num_splits"] = _splits_of(scheduler_metadata, options["num_splits"])
+    options |= {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
+    options["tree_mask"] = (
+        None if tree_mask is None else _tree_bits(q, tree_mask, options["max_seqlen_q"], cu_seqlens_q)
+    )
+    appends = k is not None or v is not None
+    if not appends and cu_seqlens_k_new is not None:
+        raise ValueError(f"{caller}: cu_seqlens_k_new is given without k; it holds the offsets of new keys")
+    rotates = rotary_cos is not None or rotary_sin is not None
+    lengths = cache_seqlens
+    if lengths is not None and not isinstance(lengths, torch.Tensor):
+        n = integer(caller, "cache_seqlens", lengths)
+        if appends or rotates or cache_leftpad is not None:
+            lengths = _filled(q, cu_seqlens_q, k_cache, page_table, n)
+        else:
+            k_cache, v_cache, lengths = _constant_length(
+                caller, q, k_cache, v_cache, page_table, cu_seqlens_q, n
+            )
+    if rotates:
+        positions = rotary_seqlens if rotary_seqlens is not None else lengths
+        options |= {
+            "rotary_cos": rotary_cos,
+            "rotary_sin": rotary_sin,
+            "rotary_positions": positions,
+            "rotary_interleaved": rotary_interleaved,
+            "rotary_advances": options["window_left"] >= 0 or options["window_right"] >= 0,
+        }
+    elif rotary_seqlens is not None:
+        raise ValueError(
+            f"{caller}: rotary_seqlens is given without rotary_cos and rotary_sin; it needs both"
+        )
+    if appends:
+        if k is None or v is None:
+            name = "k" if k is None else "v"
+            raise ValueError(f"{caller}: {name} is None; new k and v come together")
+        if lengths is None:
+            raise ValueError(
+                f"{caller}: cache_seqlens is None; appending needs to know where the new keys go"
+            )
+        # Everything that can be refused is refused before the cache is written.
+        check_call((q, k_cache, v_cache, cu_seqlens_q, None, None, lengths, page_table), options, out)
+        lengths = append(
+            k_cache,
+            v_cache,
+            k,
+            v,
+            lengths,
+            cu_seqlens_k_new,
+            page_table,
+            cache_batch_idx,
+            rotary_cos,
+            rotary_sin,
+            rotary_seqlens,
+            rotary_interleaved,
+            caller,
+        )
+    return run(
+        (q, k_cache, v_cache, cu_seqlens_q, None, None, lengths, page_table), options, out, return_softmax_lse
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerMetadata:
+    """How a decoding step will be split: computed once from bounds, good for every step within them."""
+
+    problem: Problem
+    num_splits: int
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: torch.Tensor,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> SchedulerMetadata:
+    """Decide the splits of `flash_attn_with_kvcache` calls ahead, from bounds alone.
+
+    Nothing is read from the device: the result holds for any lengths up to max_seqlen_k, and may be passed as
+    scheduler_metadata again and again. Without it a call decides the same from the cache's capacity.
+
+    Args:
+        batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, headdim_v: the shapes' bounds;
+            max_seqlen_k_new more keys will be appended.
+        cache_seqlens: (b,) int32; only its device is used.
+        page_size: of a paged cache; None for a dense one.
+        cu_seqlens_q: given when q is ragged. cu_seqlens_k_new, cache_leftpad: accepted, they change nothing.
+
+    The other arguments are those of `flash_attn_with_kvcache`.
+    """
+    caller = "get_scheduler_metadata"
+    require_tensors(caller, cache_seqlens=cache_seqlens)
+    allow_tensors(
+        caller, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new, cache_leftpad=cache_leftpad
+    )
+    check_flags(caller, causal=causal, has_softcap=has_softcap)
+    options = plain_options(caller, None, causal, window_size, num_splits, pack_gqa, sm_margin)
+    sizes = {
+        "batch_size": batch_size,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "num_heads_q": num_heads_q,
+        "num_heads_kv": num_heads_kv,
+        "headdim": headdim,
+        "headdim_v": headdim if headdim_v is None else headdim_v,
+        "page_size": 1 if page_size is None else page_size,
+        "max_seqlen_k_new": max_seqlen_k_new,
+        "attention_chunk": attention_chunk,
+    }
+    at_least = dict.fromkeys(("num_heads_q", "num_heads_kv", "headdim", "headdim_v", "page_size"), 1)
+    for name, value in sizes.items():
+        if integer(caller, name, value) < at_least.get(name, 0):
+            raise ValueError(f"{caller}: {name} is {value}; it must be >= {at_least.get(name, 0)}")
+    if num_heads_q % num_heads_kv != 0:
+        raise ValueError(
+            f"{caller}: num_heads_q is {num_heads_q}; it must be a multiple of the {num_heads_kv} KV heads"
+        )
+    if qkv_dtype not in DTYPES:
+        raise ValueError(f"{caller}: qkv_dtype is {qkv_dtype}; it must be float16, bfloat16 or float32")
+    keys = max_seqlen_k + max_seqlen_k_new
+    problem = Problem(
+        device_type=cache_seqlens.device.type,
+        dtype=qkv_dtype,
+        batch=batch_size,
+        num_heads=num_heads_q,
+        num_kv_heads=num_heads_kv,
+        head_dim=headdim,
+        head_dim_v=sizes["headdim_v"],
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=keys,
+        total_q=batch_size * max_seqlen_q,
+        total_k=batch_size * keys,
+        q_layout="dense" if cu_seqlens_q is None else "ragged",
+        kv_layout="dense" if page_size is None else "paged",
+        page_size=page_size or 0,
+        window_left=None if options["window_left"] < 0 else options["window_left"],
+        window_right=None if options["window_right"] < 0 else options["window_right"],
+        lengths_on_device=True,
+        num_splits=options["num_splits"],
+        pack_gqa=pack_gqa,
+        sm_margin=options["sm_margin"],
+        softcap=has_softcap,
+        attention_chunk=attention_chunk,
+    )
+    plan = make_plan(problem, device_of(cache_seqlens.device))
+    return SchedulerMetadata(problem, 0 if plan.kernel != "decode" else plan.num_splits)
+
+
+def _splits_of(metadata: Any, num_splits: int) -> int:
+    if metadata is None:
+        return num_splits
+    if not isinstance(metadata, SchedulerMetadata):
+        raise TypeError(
+            f"flash_attn_with_kvcache: scheduler_metadata is a {type(metadata).__name__}; "
+            "it must be what get_scheduler_metadata returned"
+        )
+    return num_splits or metadata.num_splits
+
+
+def _tree_bits(
+    q: torch.Tensor, tree: torch.Tensor, max_seqlen_q: int | None, cu_seqlens_q: torch.Tensor | None
+) -> torch.Tensor:
+    """A tree mask as bool: packed bits are unpacked, least significant first."""
+    if tree.dtype != torch.uint8:
+        return tree
+    sq = q.shape[0 if cu_seqlens_q is not None else 1]
+    sq = sq if max_seqlen_q is None else min(sq, max_seqlen_q)
+    if tree.dim() != 3 or tree.shape[1] < sq or tree.shape[2] != -(-tree.shape[1] // 8):
+        raise ValueError(
+            f"flash_attn_with_kvcache: tree_mask has shape {tuple(tree.shape)}; packed bits must be "
+            f"(b, sq, ceil(sq / 8)) with sq >= {sq}"
+        )
+    shifts = torch.arange(8, dtype=torch.uint8, device=tree.device)
+    return ((tree.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., : tree.shape[1]].bool()
+
+
+def _batch(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> int:
+    return q.shape[0] if cu_seqlens_q is None else max(0, cu_seqlens_q.numel() - 1)
+
+
+def _filled(
+    q: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    page_table: torch.Tensor | None,
+    n: int,
+) -> torch.Tensor:
+    """The same length for every sequence, on the device."""
+    if k_cache.dim() == 4 and (page_table is None or page_table.dim() == 2):
+        room = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+        if not 0 <= n <= room:
+            raise ValueError(
+                f"flash_attn_with_kvcache: cache_seqlens is {n}; there is room for 0 to {room} keys"
+            )
+    return torch.full((_batch(q, cu_seqlens_q),), n, dtype=torch.int32, device=q.device)
+
+
+def _constant_length(
+    caller: str,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    n: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """A length that the host knows: a shorter view of a dense cache, a filled tensor for a paged one."""
+    if k_cache.dim() != 4 or v_cache.dim() != 4 or k_cache.shape[:-1] != v_cache.shape[:-1]:
+        return k_cache, v_cache, None  # problem.check says what is wrong
+    if page_table is None:
+        if not 0 <= n <= k_cache.shape[1]:
+            raise ValueError(f"{caller}: cache_seqlens is {n}; the cache holds 0 to {k_cache.shape[1]} keys")
+        return k_cache[:, :n], v_cache[:, :n], None
+    if page_table.dim() != 2:
+        return k_cache, v_cache, None
+    room = page_table.shape[1] * k_cache.shape[1]
+    if not 0 <= n <= room:
+        raise ValueError(f"{caller}: cache_seqlens is {n}; the page table has room for 0 to {room} keys")
+    return (
+        k_cache,
+        v_cache,
+        torch.full((_batch(q, cu_seqlens_q),), n, dtype=torch.int32, device=k_cache.device),
+    )

@@ -1,0 +1,103 @@
+"""HEADFOLD_CHECK=1: checks of what lies on the device, lengths, offsets, rows and page indices."""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+
+import torch
+
+from headfold.problem import Inputs, fail, k_capacity, q_capacity
+
+
+def value_checks_enabled() -> bool:
+    """True under HEADFOLD_CHECK=1: lengths and page indices are read back and checked, at the price of a sync."""
+    return os.environ.get("HEADFOLD_CHECK", "0") not in ("", "0")
+
+
+def check_values(x: Inputs) -> None:
+    """Read the index tensors and raise on the first entry that is out of range, saying which one.
+
+    Raises:
+        ValueError: an offset, length, bound or page index that does not fit its tensor.
+    """
+    q_lens = _check_offsets(x, "cu_seqlens_q", x.cu_seqlens_q, x.q.shape[0])
+    k_lens = _check_offsets(
+        x, "cu_seqlens_k", x.cu_seqlens_k, None if x.page_table is not None else x.k.shape[0]
+    )
+    if x.page_table is not None and x.seqused_k is None:
+        _check_paged_lengths(x, k_lens or [])
+    q_used = _check_used(x, "seqused_q", x.seqused_q, q_lens, q_capacity(x))
+    k_slots = k_lens if x.page_table is None or x.seqused_k is None else None
+    k_used = _check_used(x, "seqused_k", x.seqused_k, k_slots, k_capacity(x))
+    for name, bound, used in (
+        ("max_seqlen_q", x.max_seqlen_q, q_used),
+        ("max_seqlen_k", x.max_seqlen_k, k_used),
+    ):
+        if bound is not None and used and max(used) > bound:
+            i = used.index(max(used))
+            raise fail(
+                x, name, f"is {bound}", f"sequence {i} has length {used[i]}, and it must bound them all"
+            )
+    rows = _check_cache_rows(x)
+    pads = _check_used(x, "cache_leftpad", x.cache_leftpad, k_used, k_capacity(x)) or [0] * x.batch
+    if x.page_table is not None:
+        pages, page_size = x.k.shape[:2]
+        table = x.page_table.tolist()
+        for i, (row, n) in enumerate(zip(rows, k_used or [], strict=True)):
+            first = pads[i] // page_size
+            for j, page in enumerate(table[row][first : -(-n // page_size)], first):
+                if not 0 <= page < pages:
+                    raise fail(
+                        x, "page_table", f"[{row}, {j}] is {page}", f"a page index must be 0 to {pages - 1}"
+                    )
+
+
+def _check_cache_rows(x: Inputs) -> list[int]:
+    """The row of the cache or page table that each sequence uses."""
+    if x.cache_batch_idx is None:
+        return list(range(x.batch))
+    rows, there = x.cache_batch_idx.tolist(), (x.k if x.page_table is None else x.page_table).shape[0]
+    for i, row in enumerate(rows):
+        if not 0 <= row < there:
+            raise fail(x, "cache_batch_idx", f"[{i}] is {row}", f"a row must be 0 to {there - 1}")
+    return rows
+
+
+def _check_offsets(x: Inputs, name: str, t: torch.Tensor | None, total: int | None) -> list[int] | None:
+    if t is None:
+        return None
+    offsets = t.tolist()
+    if offsets[0] != 0:
+        raise fail(x, name, f"[0] is {offsets[0]}", "the first offset must be 0")
+    for i, (a, b) in enumerate(pairwise(offsets)):
+        if b < a:
+            raise fail(x, name, f"[{i + 1}] is {b}, below [{i}] = {a}", "offsets must not decrease")
+    if total is not None and offsets[-1] > total:
+        raise fail(x, name, f"[{len(offsets) - 1}] is {offsets[-1]}", f"only {total} rows are there")
+    return [b - a for a, b in pairwise(offsets)]
+
+
+def _check_paged_lengths(x: Inputs, lengths: list[int]) -> None:
+    room = k_capacity(x)
+    for i, n in enumerate(lengths):
+        if n > room:
+            raise fail(
+                x,
+                "cu_seqlens_k",
+                f"gives sequence {i} {n} keys",
+                f"its row of page_table has room for {room}",
+            )
+
+
+def _check_used(
+    x: Inputs, name: str, t: torch.Tensor | None, slots: list[int] | None, capacity: int
+) -> list[int] | None:
+    if t is None:
+        return slots
+    used = t.tolist()
+    for i, n in enumerate(used):
+        room = slots[i] if slots is not None else capacity
+        if not 0 <= n <= room:
+            raise fail(x, name, f"[{i}] is {n}", f"that sequence has room for 0 to {room}")
+    return used
