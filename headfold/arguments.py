@@ -93,11 +93,9 @@ def integer(caller: str, name: str, value: Any) -> int:
     return value
 
 
-def number(caller: str, name: str, value: Any) -> float | None:
-    if value is None:
-        return None
+def number(caller: str, name: str, value: Any, need: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
-        raise TypeError(f"{caller}: {name} is {value!r}; it must be None or a number")
+        raise TypeError(f"{caller}: {name} is {value!r}; it must be {need}")
     return float(value)
 
 
@@ -128,14 +126,11 @@ def features(
 ) -> dict[str, Any]:
     """The features that every function takes, as the operator's arguments."""
     allow_tensors(caller, learnable_sink=sink, alibi_slopes=alibi_slopes)
-    cap = number(caller, "softcap", softcap)
-    if cap is None:
-        raise TypeError(f"{caller}: softcap is None; it must be a number, 0.0 for none")
     split = 0 if tokens_per_split is None else integer(caller, "tokens_per_split", tokens_per_split)
     if tokens_per_split is not None and split < 1:
         raise ValueError(f"{caller}: tokens_per_split is {split}; it must be None or >= 1")
     return {
-        "softcap": cap,
+        "softcap": number(caller, "softcap", softcap, "a number, 0.0 for none"),
         "attention_chunk": integer(caller, "attention_chunk", attention_chunk),
         "tokens_per_split": split,
         "sink": sink,
@@ -155,8 +150,10 @@ def plain_options(
     """The arguments without tensors that every function takes, as the operator's."""
     check_pack_gqa(caller, pack_gqa)
     left, right = window_sides(caller, window_size, causal)
+    if softmax_scale is not None:
+        softmax_scale = number(caller, "softmax_scale", softmax_scale, "None or a number")
     return {
-        "softmax_scale": number(caller, "softmax_scale", softmax_scale),
+        "softmax_scale": softmax_scale,
         "window_left": left,
         "window_right": right,
         "num_splits": integer(caller, "num_splits", num_splits),

@@ -15,6 +15,7 @@ def check_features(x: Inputs) -> None:
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: a shape, dtype, device, stride or value that does not fit, named in the message.
+        NotImplementedError: a call that needs the backward.
     """
     _check_scalars(x)
     heads = x.q.shape[-2]
@@ -33,6 +34,7 @@ def check_features(x: Inputs) -> None:
         if x.cu_seqlens_k is not None:
             raise fail(x, name, "is given with cu_seqlens_k", "it belongs to a dense or paged cache")
     _check_rotary(x)
+    _check_gradients(x)
 
 
 def _check_scalars(x: Inputs) -> None:
@@ -108,7 +110,8 @@ def _check_rotary(x: Inputs) -> None:
         if not isinstance(t, torch.Tensor):
             raise fail(x, name, f"is a {type(t).__name__}", "it must be a torch.Tensor", TypeError)
         if t.dtype not in (x.q.dtype, torch.float32):
-            raise fail(x, name, f"has dtype {t.dtype}", f"it must be {x.q.dtype} or torch.float32")
+            need = " or ".join(str(d) for d in dict.fromkeys((x.q.dtype, torch.float32)))
+            raise fail(x, name, f"has dtype {t.dtype}", f"it must be {need}")
         if t.device != x.q.device:
             raise fail(x, name, f"is on {t.device}", f"it must be on the queries' device {x.q.device}")
         if t.dim() != 2 or not 1 <= t.shape[1] <= x.q.shape[-1] // 2:
@@ -122,3 +125,19 @@ def _check_rotary(x: Inputs) -> None:
     if positions is None:
         raise fail(x, "rotary_positions", "is None", "rotary_cos needs the position of every sequence")
     _check_tensor(x, "rotary_positions", positions, [(x.batch,)], (torch.int32,))
+
+
+def _check_gradients(x: Inputs) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, t in (
+        ("learnable_sink", x.sink),
+        ("alibi_slopes", x.alibi_slopes),
+        ("mask", x.mask),
+        ("rotary_cos", x.rotary_cos),
+        ("rotary_sin", x.rotary_sin),
+    ):
+        if t is not None and t.requires_grad:
+            got = "requires a gradient, and headfold has no backward yet"
+            need = "call it under torch.no_grad() or detach the inputs"
+            raise fail(x, name, got, need, NotImplementedError)

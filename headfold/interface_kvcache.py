@@ -23,8 +23,9 @@ from headfold.arguments import (
     run,
 )
 from headfold.backends import device_of
+from headfold.features import MAX_SPLITS
 from headfold.planner import make_plan
-from headfold.problem import DTYPES, Problem
+from headfold.problem import DTYPES, MAX_GROUP, MAX_HEAD_DIM, MAX_SEQLEN, Problem
 
 
 def flash_attn_with_kvcache(
@@ -128,7 +129,8 @@ def flash_attn_with_kvcache(
     if lengths is not None and not isinstance(lengths, torch.Tensor):
         n = integer(caller, "cache_seqlens", lengths)
         if appends or rotates or cache_leftpad is not None:
-            lengths = _filled(q, cu_seqlens_q, k_cache, page_table, n)
+            new = k.shape[1] if k is not None and k.dim() == 4 else 0
+            lengths = _filled(q, cu_seqlens_q, k_cache, page_table, n, new)
         else:
             k_cache, v_cache, lengths = _constant_length(
                 caller, q, k_cache, v_cache, page_table, cu_seqlens_q, n
@@ -156,6 +158,7 @@ def flash_attn_with_kvcache(
             )
         # Everything that can be refused is refused before the cache is written.
         check_call((q, k_cache, v_cache, cu_seqlens_q, None, None, lengths, page_table), options, out)
+        _check_new_batch(k, cu_seqlens_k_new, _batch(q, cu_seqlens_q))
         lengths = append(
             k_cache,
             v_cache,
@@ -228,29 +231,49 @@ def get_scheduler_metadata(
     )
     check_flags(caller, causal=causal, has_softcap=has_softcap)
     options = plain_options(caller, None, causal, window_size, num_splits, pack_gqa, sm_margin)
-    sizes = {
-        "batch_size": batch_size,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "num_heads_q": num_heads_q,
-        "num_heads_kv": num_heads_kv,
-        "headdim": headdim,
-        "headdim_v": headdim if headdim_v is None else headdim_v,
-        "page_size": 1 if page_size is None else page_size,
-        "max_seqlen_k_new": max_seqlen_k_new,
-        "attention_chunk": attention_chunk,
-    }
-    at_least = dict.fromkeys(("num_heads_q", "num_heads_kv", "headdim", "headdim_v", "page_size"), 1)
-    for name, value in sizes.items():
-        if integer(caller, name, value) < at_least.get(name, 0):
-            raise ValueError(f"{caller}: {name} is {value}; it must be >= {at_least.get(name, 0)}")
-    if num_heads_q % num_heads_kv != 0:
+    head_dim_v = headdim if headdim_v is None else headdim_v
+    for name, value, least, most in (
+        ("batch_size", batch_size, 0, None),
+        ("max_seqlen_q", max_seqlen_q, 0, MAX_SEQLEN),
+        ("max_seqlen_k", max_seqlen_k, 0, MAX_SEQLEN),
+        ("max_seqlen_k_new", max_seqlen_k_new, 0, MAX_SEQLEN),
+        ("num_heads_q", num_heads_q, 1, None),
+        ("num_heads_kv", num_heads_kv, 1, None),
+        ("headdim", headdim, 1, MAX_HEAD_DIM),
+        ("headdim_v", head_dim_v, 1, MAX_HEAD_DIM),
+        ("page_size", 1 if page_size is None else page_size, 1, MAX_SEQLEN),
+        ("attention_chunk", attention_chunk, 0, MAX_SEQLEN),
+        ("num_splits", num_splits, 0, MAX_SPLITS),
+        ("sm_margin", sm_margin, 0, None),
+    ):
+        if integer(caller, name, value) < least or (most is not None and value > most):
+            need = f">= {least}" if most is None else f"{least} to {most}"
+            raise ValueError(f"{caller}: {name} is {value}; it must be {need}")
+    for side in ("left", "right"):
+        if options[f"window_{side}"] < -1:
+            raise ValueError(
+                f"{caller}: window_size has {side} side {options[f'window_{side}']}; "
+                "a side is None or -1 (open), or >= 0"
+            )
+    if num_heads_q % num_heads_kv != 0 or num_heads_q > MAX_GROUP * num_heads_kv:
         raise ValueError(
-            f"{caller}: num_heads_q is {num_heads_q}; it must be a multiple of the {num_heads_kv} KV heads"
+            f"{caller}: num_heads_q is {num_heads_q}; it must be a multiple of the {num_heads_kv} KV heads, "
+            f"at most {MAX_GROUP} times as many"
         )
+    if not isinstance(qkv_dtype, torch.dtype):
+        raise TypeError(f"{caller}: qkv_dtype is {qkv_dtype!r}; it must be a torch.dtype")
     if qkv_dtype not in DTYPES:
         raise ValueError(f"{caller}: qkv_dtype is {qkv_dtype}; it must be float16, bfloat16 or float32")
+    if cache_seqlens.dtype != torch.int32 or cache_seqlens.shape != (batch_size,):
+        raise ValueError(
+            f"{caller}: cache_seqlens is {cache_seqlens.dtype} of shape {tuple(cache_seqlens.shape)}; "
+            f"it must be int32 of shape ({batch_size},)"
+        )
     keys = max_seqlen_k + max_seqlen_k_new
+    if keys > MAX_SEQLEN:
+        raise ValueError(
+            f"{caller}: max_seqlen_k_new is {max_seqlen_k_new}; with max_seqlen_k it may be at most {MAX_SEQLEN}"
+        )
     problem = Problem(
         device_type=cache_seqlens.device.type,
         dtype=qkv_dtype,
@@ -258,7 +281,7 @@ def get_scheduler_metadata(
         num_heads=num_heads_q,
         num_kv_heads=num_heads_kv,
         head_dim=headdim,
-        head_dim_v=sizes["headdim_v"],
+        head_dim_v=head_dim_v,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=keys,
         total_q=batch_size * max_seqlen_q,
@@ -296,19 +319,41 @@ def _tree_bits(
     """A tree mask as bool: packed bits are unpacked, least significant first."""
     if tree.dtype != torch.uint8:
         return tree
-    sq = q.shape[0 if cu_seqlens_q is not None else 1]
-    sq = sq if max_seqlen_q is None else min(sq, max_seqlen_q)
-    if tree.dim() != 3 or tree.shape[1] < sq or tree.shape[2] != -(-tree.shape[1] // 8):
+    batch, lead = _batch(q, cu_seqlens_q), 0 if cu_seqlens_q is not None else 1
+    if q.dim() <= lead:
+        return tree  # problem.check says what is wrong
+    sq = q.shape[lead] if max_seqlen_q is None else min(q.shape[lead], max_seqlen_q)
+    if (
+        tree.dim() != 3
+        or tree.shape[0] != batch
+        or tree.shape[1] < sq
+        or tree.shape[2] != -(-tree.shape[1] // 8)
+    ):
         raise ValueError(
             f"flash_attn_with_kvcache: tree_mask has shape {tuple(tree.shape)}; packed bits must be "
-            f"(b, sq, ceil(sq / 8)) with sq >= {sq}"
+            f"(b, sq, ceil(sq / 8)) with b = {batch} and sq >= {sq}"
         )
     shifts = torch.arange(8, dtype=torch.uint8, device=tree.device)
     return ((tree.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., : tree.shape[1]].bool()
 
 
 def _batch(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> int:
-    return q.shape[0] if cu_seqlens_q is None else max(0, cu_seqlens_q.numel() - 1)
+    if cu_seqlens_q is not None:
+        return max(0, cu_seqlens_q.numel() - 1)
+    return q.shape[0] if q.dim() else 0  # problem.check says what is wrong
+
+
+def _check_new_batch(k: torch.Tensor, cu_seqlens_k_new: torch.Tensor | None, batch: int) -> None:
+    """The new keys are for the queries' sequences; all else about them is checked by append."""
+    caller = "flash_attn_with_kvcache"
+    if cu_seqlens_k_new is None:
+        if k.dim() == 4 and k.shape[0] != batch:
+            raise ValueError(f"{caller}: k has batch {k.shape[0]}; it must have the queries' batch {batch}")
+    elif cu_seqlens_k_new.dim() == 1 and cu_seqlens_k_new.shape[0] != batch + 1:
+        raise ValueError(
+            f"{caller}: cu_seqlens_k_new has shape ({cu_seqlens_k_new.shape[0]}); "
+            f"it must be ({batch + 1}) for this batch"
+        )
 
 
 def _filled(
@@ -317,13 +362,15 @@ def _filled(
     k_cache: torch.Tensor,
     page_table: torch.Tensor | None,
     n: int,
+    new: int,
 ) -> torch.Tensor:
-    """The same length for every sequence, on the device."""
+    """The same length for every sequence, on the device, with room for `new` more keys."""
     if k_cache.dim() == 4 and (page_table is None or page_table.dim() == 2):
         room = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
-        if not 0 <= n <= room:
+        if not 0 <= n <= room - new:
+            more = f", {new} of them new" if new else ""
             raise ValueError(
-                f"flash_attn_with_kvcache: cache_seqlens is {n}; there is room for 0 to {room} keys"
+                f"flash_attn_with_kvcache: cache_seqlens is {n}; there is room for 0 to {room} keys{more}"
             )
     return torch.full((_batch(q, cu_seqlens_q),), n, dtype=torch.int32, device=q.device)
 

@@ -110,10 +110,6 @@ def _mask_sides(
         raise ValueError(
             f"{_CALLER}: attn_mask is on {attn_mask.device}; it must be on query's {query.device}"
         )
-    if attn_mask.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            f"{_CALLER}: attn_mask requires a gradient, and headfold has no backward yet"
-        )
     return -1, False, attn_mask
 
 

@@ -39,8 +39,11 @@ def check_values(x: Inputs) -> None:
             raise fail(
                 x, name, f"is {bound}", f"sequence {i} has length {used[i]}, and it must bound them all"
             )
+    _check_rotary(x, q_used)
     rows = _check_cache_rows(x)
-    pads = _check_used(x, "cache_leftpad", x.cache_leftpad, k_used, k_capacity(x)) or [0] * x.batch
+    pads = [0] * x.batch
+    if x.cache_leftpad is not None:
+        pads = _check_used(x, "cache_leftpad", x.cache_leftpad, k_used, k_capacity(x)) or pads
     if x.page_table is not None:
         pages, page_size = x.k.shape[:2]
         table = x.page_table.tolist()
@@ -51,6 +54,19 @@ def check_values(x: Inputs) -> None:
                     raise fail(
                         x, "page_table", f"[{row}, {j}] is {page}", f"a page index must be 0 to {pages - 1}"
                     )
+
+
+def _check_rotary(x: Inputs, q_used: list[int] | None) -> None:
+    """The angles of every query are there."""
+    if x.rotary_cos is None or x.rotary_positions is None:
+        return
+    there = x.rotary_cos.shape[0]
+    counts = q_used or [q_capacity(x)] * x.batch
+    for i, (first, n) in enumerate(zip(x.rotary_positions.tolist(), counts, strict=True)):
+        last = first + (n - 1 if x.rotary_advances else 0)
+        if n and not 0 <= first <= last < there:
+            need = f"the queries of sequence {i} are rotated at {first} to {last}"
+            raise fail(x, "rotary_cos", f"has {there} positions", need)
 
 
 def _check_cache_rows(x: Inputs) -> list[int]:

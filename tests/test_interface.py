@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import headfold
-from headfold import backends, ops
-from headfold.problem import Inputs
+from headfold import append, backends, ops, reference
+from headfold.problem import MAX_SEQLEN, Inputs
 from tests.cases import NAN, assert_accurate, make
 from tests.conftest import Target
 
@@ -40,6 +40,10 @@ SIGNATURES = {
         tokens_per_split=None, out=None""",
     "flash_attn_combine": """out_partial, lse_partial, out=None, out_dtype=None, *, cu_seqlens=None, seqused=None,
         return_lse=True""",
+    "get_scheduler_metadata": """batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim,
+        cache_seqlens, qkv_dtype=torch.bfloat16, headdim_v=None, cu_seqlens_q=None, cu_seqlens_k_new=None,
+        cache_leftpad=None, page_size=None, max_seqlen_k_new=0, causal=False, window_size=(-1, -1),
+        attention_chunk=0, has_softcap=False, num_splits=0, pack_gqa=None, sm_margin=0""",
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {name: getattr(headfold, name) for name in SIGNATURES}
 
@@ -66,9 +70,19 @@ def rand(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+def bits(t: torch.Tensor) -> torch.Tensor:
+    """A copy of every byte, which compares NaN too."""
+    return t.detach().flatten().clone().view(torch.uint8)
+
+
 Q, K, V = rand(2, 3, 4, 8), rand(2, 5, 2, 8), rand(2, 5, 2, 6)
 PAGES_K, PAGES_V, TABLE = rand(4, 4, 2, 8), rand(4, 4, 2, 6), ints(0, 1, 2, 3).view(2, 2)
 PAGED = {"k_cache": PAGES_K, "v_cache": PAGES_V, "page_table": TABLE}
+# What an append needs besides: two new tokens a sequence, and room for them.
+NEW_K, NEW_V, COS, SIN = rand(2, 2, 2, 8), rand(2, 2, 2, 6), rand(16, 3), rand(16, 3)
+APPEND = {"k": NEW_K, "v": NEW_V, "cache_seqlens": ints(3, 1)}
+RAGGED_NEW = {"k": NEW_K.flatten(0, 1), "v": NEW_V.flatten(0, 1), "cu_seqlens_k_new": ints(0, 1, 4)}
+ROTARY = {"rotary_cos": COS, "rotary_sin": SIN, "cache_seqlens": ints(3, 1)}
 BASES: dict[str, dict[str, Any]] = {
     "flash_attn_func": {"q": Q, "k": K, "v": V},
     "flash_attn_varlen_func": {
@@ -82,6 +96,15 @@ BASES: dict[str, dict[str, Any]] = {
     },
     "flash_attn_with_kvcache": {"q": Q, "k_cache": K, "v_cache": V},
     "flash_attn_combine": {"out_partial": rand(3, 2, 5, 4, 8), "lse_partial": rand(3, 2, 5, 4)},
+    "get_scheduler_metadata": {
+        "batch_size": 2,
+        "max_seqlen_q": 1,
+        "max_seqlen_k": 4096,
+        "num_heads_q": 4,
+        "num_heads_kv": 2,
+        "headdim": 8,
+        "cache_seqlens": ints(3, 4),
+    },
 }
 OUT_SHAPES = {
     "flash_attn_func": (2, 3, 4, 6),
@@ -147,6 +170,29 @@ def contiguous(name: str, t: torch.Tensor) -> Bad:
     )
 
 
+def feature_tensor(name: str, t: torch.Tensor, dtypes: str, shapes: str, **others: Any) -> list[Bad]:
+    """A tensor of one dimension that is checked beside the queries."""
+    return [
+        no_tensor(name, [0.5]),
+        wrong(f"{name} has dtype torch.float64; it must be {dtypes}", **{**others, name: t.double()}),
+        wrong(f"{name} is on meta; it must be on the queries' device cpu", **{**others, name: t.to("meta")}),
+        wrong(
+            f"{name} has shape ({len(t) + 1},); it must be {shapes}",
+            **{**others, name: t.new_ones(len(t) + 1)},
+        ),
+        wrong(f"{name} has shape (); it must be {shapes}", **{**others, name: t[0]}),
+        wrong(
+            f"{name} has last stride 2; its last dimension must be contiguous",
+            **{**others, name: t.repeat_interleave(2)[::2]},
+        ),
+    ]
+
+
+def needs_gradient(name: str, t: torch.Tensor, **others: Any) -> Bad:
+    message = f"{name} requires a gradient, and headfold has no backward yet; call it under torch.no_grad()"
+    return wrong(message, NotImplementedError, **{**others, name: t.clone().requires_grad_()})
+
+
 def index_tensor(name: str, t: torch.Tensor, device: str = "the queries' device", **others: Any) -> list[Bad]:
     return [
         no_tensor(name, [0, 1]),
@@ -167,8 +213,16 @@ GRAD = "an input requires a gradient, and headfold has no backward yet; call it 
 SIDES = "it must be two of int or None, (left, right)"
 
 
-def attention_errors(base: dict[str, Any]) -> dict[str, list[Bad]]:
-    """The errors of the arguments that all attention functions share."""
+LONG_K, LONG_V = rand(2, 300, 2, 8), rand(2, 300, 2, 6)
+
+
+def attention_errors(base: dict[str, Any], long: dict[str, Any]) -> dict[str, list[Bad]]:
+    """The errors of the arguments that all attention functions share.
+
+    Args:
+        base: the function's valid call.
+        long: what makes it one over 300 keys a sequence.
+    """
     q, k, v = (base[name] for name in list(base)[:3])
     key, val = list(base)[1:3]
     out = torch.full((*q.shape[:-1], v.shape[-1]), NAN)
@@ -267,12 +321,57 @@ def attention_errors(base: dict[str, Any]) -> dict[str, list[Bad]]:
                 out=out[:1].expand_as(out),
             ),
         ],
-        **not_yet("qv", "q_descale", "k_descale", "v_descale", "learnable_sink", "alibi_slopes"),
-        **not_yet("tokens_per_split", value=16),
-        "attention_chunk": [
-            bad for value in (4, Q) for bad in not_yet("attention_chunk", value=value)["attention_chunk"]
+        **not_yet("qv", "q_descale", "k_descale", "v_descale"),
+        "learnable_sink": [
+            *feature_tensor("learnable_sink", rand(4), "float16 or bfloat16 or float32", "(4,)"),
+            needs_gradient("learnable_sink", rand(4)),
         ],
-        "softcap": [bad for value in (30.0, Q) for bad in not_yet("softcap", value=value)["softcap"]],
+        "alibi_slopes": [
+            *feature_tensor("alibi_slopes", rand(4), "float32", "(4,) or (2, 4)"),
+            wrong("alibi_slopes has dtype torch.float16; it must be float32", alibi_slopes=rand(4).half()),
+            wrong("alibi_slopes has shape (1, 4); it must be (4,) or (2, 4)", alibi_slopes=rand(1, 4)),
+            needs_gradient("alibi_slopes", rand(2, 4)),
+        ],
+        "tokens_per_split": [
+            *not_int("tokens_per_split"),
+            *(
+                wrong(f"tokens_per_split is {n}; it must be None or >= 1", tokens_per_split=n)
+                for n in (0, -1)
+            ),
+            wrong(
+                f"tokens_per_split is {MAX_SEQLEN + 1}; it must be None or 1 to {MAX_SEQLEN}",
+                tokens_per_split=MAX_SEQLEN + 1,
+            ),
+            wrong(
+                "tokens_per_split is 1 for up to 300 keys; at most 256 splits can be merged, so it must be >= 2",
+                tokens_per_split=1,
+                **long,
+            ),
+        ],
+        "attention_chunk": [
+            *not_int("attention_chunk"),
+            *(
+                wrong(
+                    f"attention_chunk is {n}; it must be 0 (off) to {MAX_SEQLEN}",
+                    attention_chunk=n,
+                )
+                for n in (-1, MAX_SEQLEN + 1)
+            ),
+        ],
+        "softcap": [
+            *(
+                wrong(
+                    f"softcap is {value!r}; it must be a number, 0.0 for none",
+                    TypeError,
+                    softcap=value,
+                )
+                for value in (None, "30", True, torch.tensor(30.0))
+            ),
+            *(
+                wrong(f"softcap is {value}; it must be 0.0 (off) or a finite cap > 0", softcap=value)
+                for value in (-1.0, NAN, float("inf"))
+            ),
+        ],
     }
 
 
@@ -283,6 +382,158 @@ def bound(name: str) -> list[Bad]:
     ]
 
 
+def with_append(**changes: Any) -> dict[str, Any]:
+    return {**APPEND, **changes}
+
+
+def new_tensor(name: str, t: torch.Tensor, cache: str) -> list[Bad]:
+    """The errors of new keys or values."""
+    other = "v" if name == "k" else "k"
+    return [
+        no_tensor(name),
+        wrong(f"{name} is None; new k and v come together", **with_append(**{name: None})),
+        wrong(f"{name} has dtype torch.int32; it must be float16 or", **with_append(**{name: t.int()})),
+        wrong(
+            f"{name} has dtype torch.float16; it must have k_cache's dtype torch.float32",
+            **with_append(**{name: t.half()}),
+        ),
+        wrong(
+            f"{name} is on meta; it must be on k_cache's device cpu", **with_append(**{name: t.to("meta")})
+        ),
+        wrong(f"{name} has shape (); it must be (b, s_new, hk, d)", **with_append(**{name: t.sum()})),
+        wrong(f"{name} has shape (2, 2, {t.shape[-1]}); it must be (b", **with_append(**{name: t[0]})),
+        wrong(
+            f"{name} has shape {tuple(t.shape)}; it must be (total_new, hk, d), since cu_seqlens_k_new is given",
+            **with_append(**{**RAGGED_NEW, name: t}),
+        ),
+        wrong("k has batch 1; it must have the queries' batch 2", **with_append(k=NEW_K[:1], v=NEW_V[:1])),
+        wrong(
+            f"{name} has shape (2, 2, 2, 5); its heads and head dimension must equal {cache}'s",
+            **with_append(**{name: t[..., :5]}),
+        ),
+        wrong(
+            "k has shape (2, 2, 1, 8); its heads and head dimension must equal k_cache's",
+            **with_append(k=NEW_K[:, :, :1], v=NEW_V[:, :, :1]),
+        ),
+        wrong(
+            "k has 6 tokens a sequence; the cache has room for 5",
+            **with_append(k=rand(2, 6, 2, 8), v=rand(2, 6, 2, 6)),
+        ),
+        Bad(contiguous(name, t).message, ValueError, with_append(**contiguous(name, t).changes)),
+        wrong(
+            "an input requires a gradient, and an append in place has none",
+            NotImplementedError,
+            **with_append(**{name: t.clone().requires_grad_()}),
+        ),
+        # The other one is fine, and everything else about the call is checked too.
+        wrong("num_splits is 300; it must be", **APPEND, num_splits=300),
+        wrong("q has 3 heads; that must be a multiple", **APPEND, q=Q[:, :, :3], out=None),
+        wrong(f"{other} is None; new k and v come together", **with_append(**{other: None})),
+    ]
+
+
+def angles(name: str, t: torch.Tensor) -> list[Bad]:
+    """The errors of rotary_cos or rotary_sin, with and without new keys."""
+    other = "rotary_sin" if name == "rotary_cos" else "rotary_cos"
+    return [
+        no_tensor(name),
+        *(
+            bad
+            for base in (ROTARY, {**APPEND, **ROTARY})
+            for bad in (
+                wrong(f"{name} is None; rotary_cos and rotary_sin come together", **{**base, name: None}),
+                wrong(
+                    f"{name} has dtype torch.float16; it must be torch.float32", **{**base, name: t.half()}
+                ),
+                wrong(
+                    f"{name} is on meta; it must be on the queries' device cpu",
+                    **{**base, name: t.to("meta")},
+                ),
+                *(
+                    wrong(
+                        f"{name} has shape {tuple(value.shape)}; it must be (max_len, rotary_dim / 2) "
+                        "with rotary_dim <= 8",
+                        **{**base, name: value},
+                    )
+                    for value in (t[0], t[:, :0], rand(16, 5), t[None])
+                ),
+                wrong(
+                    f"{name} has last stride 16; its last dimension must be contiguous",
+                    **{**base, name: inner_stride(t)},
+                ),
+            )
+        ),
+        needs_gradient(name, t, **ROTARY),
+        wrong(f"{other} is None; rotary_cos and rotary_sin come together", **{**ROTARY, other: None}),
+    ]
+
+
+def sizes(name: str, least: int, most: int | None) -> list[Bad]:
+    need = f">= {least}" if most is None else f"{least} to {most}"
+    values = [least - 1] if most is None else [least - 1, most + 1]
+    return [*not_int(name), *(wrong(f"{name} is {n}; it must be {need}", **{name: n}) for n in values)]
+
+
+TREE = torch.ones(2, 3, 3, dtype=torch.bool)
+LENGTHS = "it must be int32 of shape (2,)"
+METADATA_ERRORS: dict[str, list[Bad]] = {
+    "batch_size": [
+        *sizes("batch_size", 0, None),
+        wrong(f"cache_seqlens is torch.int32 of shape (2,); {LENGTHS.replace('2,', '3,')}", batch_size=3),
+    ],
+    "max_seqlen_q": sizes("max_seqlen_q", 0, MAX_SEQLEN),
+    "max_seqlen_k": sizes("max_seqlen_k", 0, MAX_SEQLEN),
+    "max_seqlen_k_new": [
+        *sizes("max_seqlen_k_new", 0, MAX_SEQLEN),
+        wrong(f"with max_seqlen_k it may be at most {MAX_SEQLEN}", max_seqlen_k_new=MAX_SEQLEN),
+    ],
+    "num_heads_q": [
+        *sizes("num_heads_q", 1, None),
+        wrong("num_heads_q is 5; it must be a multiple of the 2 KV heads", num_heads_q=5),
+        wrong(
+            "num_heads_q is 514; it must be a multiple of the 2 KV heads, at most 256 times", num_heads_q=514
+        ),
+    ],
+    "num_heads_kv": sizes("num_heads_kv", 1, None),
+    "headdim": sizes("headdim", 1, 256),
+    "headdim_v": sizes("headdim_v", 1, 256),
+    "page_size": sizes("page_size", 1, MAX_SEQLEN),
+    "attention_chunk": sizes("attention_chunk", 0, MAX_SEQLEN),
+    "num_splits": sizes("num_splits", 0, 256),
+    "sm_margin": sizes("sm_margin", 0, None),
+    "cache_seqlens": [
+        no_tensor("cache_seqlens", 5, optional=False),
+        no_tensor("cache_seqlens", None, optional=False),
+        wrong(f"cache_seqlens is torch.int64 of shape (2,); {LENGTHS}", cache_seqlens=ints(3, 4).long()),
+        wrong(f"cache_seqlens is torch.int32 of shape (3,); {LENGTHS}", cache_seqlens=ints(3, 4, 5)),
+        wrong(f"cache_seqlens is torch.int32 of shape (); {LENGTHS}", cache_seqlens=ints(3)[0]),
+    ],
+    "qkv_dtype": [
+        *(
+            wrong(f"qkv_dtype is {value!r}; it must be a torch.dtype", TypeError, qkv_dtype=value)
+            for value in ("float16", None)
+        ),
+        wrong(f"qkv_dtype is torch.float64; it must be {FLOATS}", qkv_dtype=torch.float64),
+    ],
+    "cu_seqlens_q": [no_tensor("cu_seqlens_q", [0, 1])],
+    "cu_seqlens_k_new": [no_tensor("cu_seqlens_k_new", 0)],
+    "cache_leftpad": [no_tensor("cache_leftpad", (0, 1))],
+    "causal": flag("causal"),
+    "has_softcap": flag("has_softcap"),
+    "window_size": [
+        wrong(f"window_size is 5; {SIDES}", TypeError, window_size=5),
+        wrong("window_size has 3 entries; it must have two", window_size=(1, 2, 3)),
+        wrong("window_size is 1.5; it must be an int", TypeError, window_size=(1.5, 2)),
+        wrong("window_size has left side -2; a side is None or -1 (open), or >= 0", window_size=(-2, 0)),
+        wrong("window_size has right side -3; a side is None or -1 (open), or >= 0", window_size=(0, -3)),
+        wrong("it must hold two integers on the CPU", window_size=torch.ones(2)),
+    ],
+    "pack_gqa": [
+        wrong(f"pack_gqa is {value!r}; it must be None, True or False", TypeError, pack_gqa=value)
+        for value in (1, "auto")
+    ],
+}
+
 VARLEN = BASES["flash_attn_varlen_func"]
 COMBINE = BASES["flash_attn_combine"]
 PARTIALS, LSES = COMBINE["out_partial"], COMBINE["lse_partial"]
@@ -290,13 +541,21 @@ RAGGED_PARTIALS = {"out_partial": PARTIALS.flatten(1, 2), "lse_partial": LSES.fl
 
 ERRORS: dict[str, dict[str, list[Bad]]] = {
     "flash_attn_func": {
-        **attention_errors(BASES["flash_attn_func"]),
+        **attention_errors(BASES["flash_attn_func"], {"k": LONG_K, "v": LONG_V}),
         "deterministic": flag("deterministic"),
         "return_attn_probs": flag("return_attn_probs"),
         "return_lse": flag("return_lse"),
     },
     "flash_attn_varlen_func": {
-        **attention_errors(VARLEN),
+        **attention_errors(
+            VARLEN,
+            {
+                "k": LONG_K.flatten(0, 1),
+                "v": LONG_V.flatten(0, 1),
+                "cu_seqlens_k": ints(0, 300, 600),
+                "max_seqlen_k": 300,
+            },
+        ),
         "deterministic": flag("deterministic"),
         "return_attn_probs": flag("return_attn_probs"),
         "return_lse": flag("return_lse"),
@@ -365,19 +624,101 @@ ERRORS: dict[str, dict[str, list[Bad]]] = {
         ],
     },
     "flash_attn_with_kvcache": {
-        **attention_errors(BASES["flash_attn_with_kvcache"]),
-        **not_yet(
-            "k",
-            "v",
-            "rotary_cos",
-            "rotary_sin",
-            "cache_batch_idx",
-            "cache_leftpad",
-            "cu_seqlens_k_new",
-            "rotary_seqlens",
-            "scheduler_metadata",
-            "tree_mask",
-        ),
+        **attention_errors(BASES["flash_attn_with_kvcache"], {"k_cache": LONG_K, "v_cache": LONG_V}),
+        "k": new_tensor("k", NEW_K, "k_cache"),
+        "v": [
+            *new_tensor("v", NEW_V, "v_cache"),
+            wrong(
+                "v has shape (2, 1, 2, 6); all but its last size must equal k's",
+                **with_append(v=NEW_V[:, :1]),
+            ),
+        ],
+        "cu_seqlens_k_new": [
+            no_tensor("cu_seqlens_k_new", [0, 1]),
+            wrong("cu_seqlens_k_new is given without k; it holds", cu_seqlens_k_new=ints(0, 1, 4)),
+            *(
+                wrong(
+                    f"cu_seqlens_k_new {message}",
+                    **{**RAGGED_NEW, "cu_seqlens_k_new": offsets},
+                    cache_seqlens=2,
+                )
+                for message, offsets in (
+                    ("has dtype torch.int64; it must be int32", ints(0, 1, 4).long()),
+                    ("is on meta; it must be on k_cache's device cpu", ints(0, 1, 4).to("meta")),
+                    ("has shape (2); it must be (3) for this batch", ints(0, 4)),
+                    ("has shape (0); it must be (3) for this batch", ints()),
+                    ("has shape (); it must be (b + 1,)", ints(0)[0]),
+                    ("has shape (3, 1); it must be (b + 1,)", ints(0, 1, 4)[:, None]),
+                    (
+                        "has last stride 2; its last dimension must be contiguous",
+                        ints(0, 0, 1, 1, 4, 4)[::2],
+                    ),
+                )
+            ),
+        ],
+        "rotary_cos": angles("rotary_cos", COS),
+        "rotary_sin": [
+            *angles("rotary_sin", SIN),
+            wrong(
+                "rotary_sin is (15, 3) torch.float32 with strides (3, 1); it must be laid out as rotary_cos",
+                **{**ROTARY, "rotary_sin": SIN[1:]},
+            ),
+            wrong(
+                "rotary_sin is (16, 3) torch.float32 with strides (4, 1); it must be laid out as rotary_cos",
+                **{**ROTARY, "rotary_sin": rand(16, 4)[:, :3]},
+            ),
+        ],
+        "rotary_seqlens": [
+            *index_tensor("rotary_seqlens", ints(2, 0), **ROTARY),
+            *index_tensor("rotary_seqlens", ints(2, 0), **ROTARY, k=NEW_K, v=NEW_V)[1:],
+            wrong("rotary_seqlens has shape (3,); it must be (2,)", **ROTARY, rotary_seqlens=ints(1, 2, 3)),
+            wrong("rotary_seqlens is given without rotary_cos and rotary_sin", rotary_seqlens=ints(1, 2)),
+            wrong(
+                "rotary_seqlens is None; rotary_cos needs the position of every sequence",
+                rotary_cos=COS,
+                rotary_sin=SIN,
+            ),
+        ],
+        "cache_batch_idx": [
+            *index_tensor("cache_batch_idx", ints(1, 0)),
+            *index_tensor("cache_batch_idx", ints(1, 0), **APPEND)[1:],
+            wrong("cache_batch_idx has shape (3,); it must be (2,)", cache_batch_idx=ints(0, 1, 1)),
+        ],
+        "cache_leftpad": [
+            *index_tensor("cache_leftpad", ints(1, 0)),
+            *index_tensor("cache_leftpad", ints(1, 0), cache_seqlens=2)[1:],
+            wrong("cache_leftpad has shape (1,); it must be (2,)", cache_leftpad=ints(0)),
+        ],
+        "scheduler_metadata": [
+            wrong(
+                f"scheduler_metadata is a {type(value).__name__}; it must be what get_scheduler_metadata returned",
+                TypeError,
+                scheduler_metadata=value,
+            )
+            for value in (ints(1, 2), 4, {})
+        ],
+        "tree_mask": [
+            no_tensor("tree_mask", [[True]]),
+            wrong("tree_mask has dtype torch.float32; it must be bool (or packed", tree_mask=TREE.float()),
+            wrong("tree_mask is on meta; it must be on the queries' device cpu", tree_mask=TREE.to("meta")),
+            *(
+                wrong(
+                    f"tree_mask has shape {tuple(tree.shape)}; it must be (b, sq, sq) = (2, 3, 3)",
+                    tree_mask=tree,
+                )
+                for tree in (TREE[:1], TREE[0], TREE[:, :2, :2], TREE[:, :2], TREE[..., None])
+            ),
+            contiguous("tree_mask", TREE),
+            *(
+                wrong(
+                    f"tree_mask has shape {shape}; packed bits must be (b, sq, ceil(sq / 8)) with b = 2 and sq >= 3",
+                    tree_mask=torch.ones(shape, dtype=torch.uint8),
+                )
+                for shape in ((2, 3, 3), (2, 2, 1), (1, 3, 1), (3, 1), (2, 9, 1), ())
+            ),
+            # The queries are wrong, and packed bits must not hide it.
+            wrong("q has shape (8); it must be (", q=Q[0, 0, 0], tree_mask=TREE.byte()[..., :1]),
+        ],
         "rotary_interleaved": flag("rotary_interleaved"),
         "return_softmax_lse": flag("return_softmax_lse"),
         "cache_seqlens": [
@@ -392,6 +733,28 @@ ERRORS: dict[str, dict[str, list[Bad]]] = {
             wrong("cache_seqlens is -1; the page table has room for 0 to 8 keys", **PAGED, cache_seqlens=-1),
             wrong("cache_seqlens is 9; the page table has room for 0 to 8 keys", **PAGED, cache_seqlens=9),
             wrong("cache_seqlens is None; a paged cache needs the length of every sequence", **PAGED),
+            wrong("cache_seqlens is None; appending needs to know where", k=NEW_K, v=NEW_V),
+            *(
+                wrong(message, **{**APPEND, **more, "cache_seqlens": length})
+                for message, more, length in (
+                    ("cache_seqlens is -1; there is room for 0 to 5 keys", {}, -1),
+                    ("cache_seqlens is 4; there is room for 0 to 5 keys, 2 of them new", {}, 4),
+                    ("cache_seqlens is 7; there is room for 0 to 8 keys, 2 of them new", PAGED, 7),
+                    ("cache_seqlens is 6; there is room for 0 to 5 keys", RAGGED_NEW, 6),
+                    ("cache_seqlens has dtype torch.int64; it must be int32", {}, ints(3, 1).long()),
+                    ("cache_seqlens has shape (3); it must be (2) for this batch", {}, ints(1, 2, 3)),
+                )
+            ),
+            *(
+                wrong(
+                    f"cache_seqlens is {n}; there is room for 0 to 5 keys",
+                    cache_leftpad=ints(0, 0),
+                    cache_seqlens=n,
+                )
+                for n in (-1, 6)
+            ),
+            wrong("q has shape (); it must be (", q=Q.sum(), **{**ROTARY, "cache_seqlens": 2}),
+            wrong("q has shape (); it must be (", q=Q.sum(), **PAGED, cache_seqlens=2),
             # Other arguments are wrong, and an int length must not hide it.
             no_tensor("k_cache", None, optional=False),
             wrong(
@@ -524,7 +887,14 @@ ERRORS: dict[str, dict[str, list[Bad]]] = {
         ],
         "return_lse": flag("return_lse"),
     },
+    "get_scheduler_metadata": METADATA_ERRORS,
 }
+# Caches that cannot be appended to, or not beside these queries.
+for _cache, _t in (("k_cache", K), ("v_cache", V)):
+    ERRORS["flash_attn_with_kvcache"][_cache] += [
+        wrong(f"{_cache} is expanded (a stride is 0)", **with_append(**{_cache: _t[:1].expand_as(_t)})),
+        wrong(GRAD, NotImplementedError, **with_append(**{_cache: _t.clone().requires_grad_()})),
+    ]
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -546,22 +916,34 @@ def test_every_argument_has_an_error_test(name: str) -> None:
 def test_bad_argument_is_refused_before_anything_is_written(
     name: str, bad: Bad, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module, launch in ((backends, "run"), (ops, "run_combine")):
+    for module, launch in ((backends, "run"), (ops, "run_combine"), (append, "append_on_cpu")):
         monkeypatch.setattr(module, launch, lambda *a: pytest.fail("a kernel was launched"))
-    out = torch.full(OUT_SHAPES[name], NAN)
+    out = {"out": torch.full(OUT_SHAPES[name], NAN)} if name in OUT_SHAPES else {}
+    arguments = {**BASES[name], **out, **bad.changes}
+    tensors = [t for t in arguments.values() if isinstance(t, torch.Tensor) and not t.is_meta]
+    before = [bits(t) for t in tensors]
     with pytest.raises(bad.kind) as error:
-        FUNCTIONS[name](**{**BASES[name], "out": out, **bad.changes})
+        FUNCTIONS[name](**arguments)
     assert type(error.value) is bad.kind
     assert str(error.value).startswith(f"{name}: ")
     assert bad.message in str(error.value)
-    assert out.isnan().all()
-    if "out" not in bad.changes and "with out given" not in bad.message:
+    assert all(torch.equal(bits(t), b) for t, b in zip(tensors, before, strict=True))
+    if out and "out" not in bad.changes and "with out given" not in bad.message:
         with pytest.raises(bad.kind) as without_out:
             FUNCTIONS[name](**{**BASES[name], **bad.changes})
         assert bad.message in str(without_out.value)
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
+@pytest.mark.parametrize(
+    "more", [{}, APPEND, {**APPEND, **ROTARY}, {**APPEND, **RAGGED_NEW}, {**APPEND, **PAGED}]
+)
+def test_appends_of_the_error_tests_are_valid(more: dict[str, Any]) -> None:
+    more = {n: t.clone() if "cache" in n else t for n, t in more.items()}
+    out = headfold.flash_attn_with_kvcache(**{"q": Q, "k_cache": K.clone(), "v_cache": V.clone(), **more})
+    assert not out.isnan().any()
+
+
+@pytest.mark.parametrize("name", OUT_SHAPES)
 def test_base_call_of_the_error_tests_is_valid(name: str) -> None:
     out = torch.full(OUT_SHAPES[name], NAN)
     FUNCTIONS[name](**BASES[name], out=out)
@@ -971,3 +1353,568 @@ def test_same_inputs_give_the_same_bits(target: Target) -> None:
     (out, lse), (again, lse_again) = func(x, num_splits=3), func(x, num_splits=3)
     assert torch.equal(out, again)
     assert torch.equal(lse, lse_again)
+
+
+# ---- features through every function ----------------------------------------------------------------------
+
+# Fields of Inputs, by the name that the public functions give the argument.
+FEATURES: dict[str, dict[str, Any]] = {
+    "softcap": {"softcap": 1.5},
+    "attention_chunk": {"attention_chunk": 5},
+    "tokens_per_split": {"tokens_per_split": 16},
+    "learnable_sink": {"sink": rand(4)},
+    "learnable_sink in half precision": {"sink": rand(4).half()},
+    "alibi_slopes": {"alibi_slopes": rand(4).abs()},
+    "alibi_slopes of each sequence": {"alibi_slopes": rand(2, 4).abs()},
+    "all": {
+        "softcap": 1.5,
+        "attention_chunk": 16,
+        "tokens_per_split": 16,
+        "sink": rand(4),
+        "alibi_slopes": rand(2, 4).abs(),
+    },
+}
+
+
+def given(x: Inputs) -> dict[str, Any]:
+    """The feature arguments of x, as the public functions call them."""
+    names = {"sink": "learnable_sink"}
+    fields = ("softcap", "attention_chunk", "tokens_per_split", "sink", "alibi_slopes")
+    return {names.get(n, n): getattr(x, n) for n in fields if getattr(x, n) not in (None, 0)}
+
+
+def placed(fields: dict[str, Any], device: str) -> dict[str, Any]:
+    return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in fields.items()}
+
+
+@pytest.mark.parametrize("fields", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize(
+    ("run", "q_layout", "kv_layout"),
+    [
+        (func, "dense", "dense"),
+        (call, "ragged", "ragged"),
+        (call, "dense", "paged"),
+        (kvcache, "dense", "paged"),
+    ],
+    ids=["func", "varlen", "varlen paged", "kvcache"],
+)
+def test_features(target: Target, run: Run, q_layout: str, kv_layout: str, fields: dict[str, Any]) -> None:
+    x = make(
+        [2, 2],
+        [23, 23] if run is func else [23, 4],
+        q_layout=q_layout,
+        kv_layout=kv_layout,
+        page_size=5,
+        causal=True,
+        slack=0,
+        device=target.device,
+    )
+    x = dataclasses.replace(x, **placed(fields, target.device))
+    factor = 3.0 if x.softcap else 2.0
+    for out in (None, torch.full(x.out_shape, NAN, device=target.device)):
+        got, lse = run(x, causal=True, out=out, **given(x))
+        assert_accurate(x, got, lse, factor)
+
+
+def given_names(x: Inputs) -> set[str]:
+    return set(given(x))
+
+
+def test_every_feature_argument_has_a_result_test() -> None:
+    tested = set().union(*(given_names(dataclasses.replace(make([1], [1]), **f)) for f in FEATURES.values()))
+    for function in ATTENTION:
+        keyword_only = {
+            p.name
+            for p in inspect.signature(FUNCTIONS[function]).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        }
+        assert keyword_only - {"out", "return_lse", "page_table", "tree_mask"} <= tested
+
+
+def test_a_sequence_of_fixed_splits_has_the_same_bits_in_any_batch(target: Target) -> None:
+    x = make([1, 1, 1], [60, 33, 7], kv_layout="paged", page_size=4, device=target.device)
+    out, lse = kvcache(x, tokens_per_split=16)
+    assert x.seqused_k is not None
+    assert x.page_table is not None
+    for i in range(3):
+        alone = dataclasses.replace(
+            x, q=x.q[i : i + 1], page_table=x.page_table[i : i + 1], seqused_k=x.seqused_k[i : i + 1]
+        )
+        one, one_lse = kvcache(alone, tokens_per_split=16)
+        assert torch.equal(one[0], out[i])
+        assert torch.equal(one_lse[0], lse[i])
+
+
+def test_a_row_without_a_key_gives_zero_and_the_sink(target: Target) -> None:
+    x = make([2, 2], [0, 0], slack=0, device=target.device)
+    sink = rand(4).to(target.device)
+    out, lse = func(x, learnable_sink=sink)
+    assert not out.any()
+    assert torch.equal(lse, sink.view(1, 4, 1).expand(2, 4, 2))
+
+
+# ---- a cache that is appended to, rotated, picked from, padded and masked ---------------------------------
+
+
+@dataclass
+class Step:
+    """A decoding step: what flash_attn_with_kvcache gets, over caches whose unused bytes are NaN."""
+
+    tensors: dict[str, torch.Tensor]
+    counts: list[int]
+    rotary: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Keys of each sequence after the append."""
+        seqlens = self.tensors["cache_seqlens"]
+        return (seqlens + torch.tensor(self.counts, device=seqlens.device)).int()
+
+    def caches(self) -> dict[str, torch.Tensor]:
+        return {n: self.tensors[n].clone() for n in ("k_cache", "v_cache")}
+
+    def run(self, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        arguments = {**self.tensors, **self.rotary, **self.options, "return_softmax_lse": True, **changes}
+        return headfold.flash_attn_with_kvcache(**arguments)
+
+    def run_after(self, caches: dict[str, torch.Tensor], **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same attention where the new keys are in the caches already."""
+        positions = self.rotary.get("rotary_seqlens", self.tensors["cache_seqlens"]) if self.rotary else None
+        return self.run(
+            **{**caches, "k": None, "v": None, "cu_seqlens_k_new": None, "cache_seqlens": self.lengths},
+            **{"rotary_seqlens": positions, **changes},
+        )
+
+    def inputs(self, caches: dict[str, torch.Tensor]) -> Inputs:
+        """That attention as the reference takes it."""
+        t, o = self.tensors, self.options
+        rotary = {}
+        if self.rotary:
+            rotary = {
+                "rotary_cos": self.rotary["rotary_cos"],
+                "rotary_sin": self.rotary["rotary_sin"],
+                "rotary_positions": self.rotary.get("rotary_seqlens", t["cache_seqlens"]),
+                "rotary_interleaved": self.rotary["rotary_interleaved"],
+                "rotary_advances": o.get("causal", False) or "window_size" in o,
+            }
+        left, right = o.get("window_size", (-1, -1))
+        return Inputs(
+            t["q"],
+            caches["k_cache"],
+            caches["v_cache"],
+            cu_seqlens_q=t.get("cu_seqlens_q"),
+            seqused_k=self.lengths,
+            page_table=t.get("page_table"),
+            window_left=left,
+            window_right=0 if o.get("causal") else right,
+            tree_mask=o.get("tree_mask"),
+            cache_batch_idx=t.get("cache_batch_idx"),
+            cache_leftpad=t.get("cache_leftpad"),
+            **rotary,
+        )
+
+
+def step(
+    starts: list[int],
+    counts: list[int],
+    device: str,
+    *,
+    page_size: int = 0,
+    ragged_new: bool = False,
+    ragged_q: bool = False,
+    rotary_dim: int = 0,
+    interleaved: bool = True,
+    rotary_at: list[int] | None = None,
+    rows: list[int] | None = None,
+    leftpad: list[int] | None = None,
+    sq: int = 2,
+    capacity: int = 24,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Step:
+    g = torch.Generator().manual_seed(0)
+    batch, heads, kv_heads, d, dv = len(starts), 4, 2, 16, 8
+    at = list(range(batch)) if rows is None else rows
+    there = max(at) + 1
+    tensors: dict[str, torch.Tensor] = {}
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    if page_size:
+        per = capacity // page_size
+        tensors["page_table"] = torch.randperm(there * per, generator=g, dtype=torch.int32).view(there, per)
+        shape = (there * per, page_size)
+    else:
+        shape = (there, capacity)
+    k_cache, v_cache = (torch.full((*shape, kv_heads, n), NAN, dtype=dtype) for n in (d, dv))
+    for i, row in enumerate(at):
+        for j in range(leftpad[i] if leftpad else 0, starts[i]):
+            place = (tensors["page_table"][row, j // page_size], j % page_size) if page_size else (row, j)
+            k_cache[place], v_cache[place] = randn(kv_heads, d), randn(kv_heads, dv)
+    new = (sum(counts),) if ragged_new else (batch, counts[0])
+    tensors |= {
+        "q": randn(batch, sq, heads, d),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "k": randn(*new, kv_heads, d),
+        "v": randn(*new, kv_heads, dv),
+        "cache_seqlens": ints(*starts),
+    }
+    if ragged_q:
+        tensors |= {"q": tensors["q"].flatten(0, 1), "cu_seqlens_q": ints(*range(0, batch * sq + 1, sq))}
+        options["max_seqlen_q"] = sq
+    if ragged_new:
+        tensors["cu_seqlens_k_new"] = ints(*itertools.accumulate(counts, initial=0))
+    if rows is not None:
+        tensors["cache_batch_idx"] = ints(*rows)
+    if leftpad is not None:
+        tensors["cache_leftpad"] = ints(*leftpad)
+    rotary: dict[str, Any] = {}
+    if rotary_dim:
+        angles = torch.rand(40, rotary_dim // 2, generator=g) * 6.3
+        rotary = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_interleaved": interleaved}
+        if rotary_at is not None:
+            rotary["rotary_seqlens"] = ints(*rotary_at)
+    return Step(placed(tensors, device), counts, placed(rotary, device), placed(options, device))
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "dense": {"starts": [5, 17], "counts": [2, 2], "causal": True},
+    "dense, empty cache": {"starts": [0, 3], "counts": [3, 3], "causal": True, "rotary_dim": 16},
+    "dense, rotated": {"starts": [5, 17], "counts": [2, 2], "causal": True, "rotary_dim": 12},
+    "dense, rotated halves": {
+        "starts": [5, 17],
+        "counts": [2, 2],
+        "causal": True,
+        "rotary_dim": 12,
+        "interleaved": False,
+    },
+    "no causal: all queries rotate at one position": {"starts": [5, 17], "counts": [2, 2], "rotary_dim": 16},
+    "window": {"starts": [5, 17], "counts": [2, 2], "rotary_dim": 16, "window_size": (6, 0)},
+    "rotary_seqlens": {
+        "starts": [5, 17],
+        "counts": [2, 2],
+        "rotary_dim": 16,
+        "rotary_at": [30, 0],
+        "causal": True,
+    },
+    "paged": {
+        "starts": [5, 17],
+        "counts": [2, 2],
+        "page_size": 4,
+        "rotary_dim": 16,
+        "interleaved": False,
+        "causal": True,
+    },
+    "ragged new": {"starts": [5, 17], "counts": [4, 1], "ragged_new": True, "rotary_dim": 12, "causal": True},
+    "paged, ragged new and ragged queries": {
+        "starts": [3, 17],
+        "counts": [0, 6],
+        "page_size": 3,
+        "ragged_new": True,
+        "ragged_q": True,
+        "rotary_dim": 12,
+        "causal": True,
+    },
+    "rows": {"starts": [5, 17], "counts": [2, 2], "rows": [3, 1], "causal": True, "rotary_dim": 16},
+    "rows of a table": {"starts": [5, 17], "counts": [2, 2], "rows": [2, 0], "page_size": 4, "causal": True},
+    "left padding": {
+        "starts": [5, 17],
+        "counts": [2, 2],
+        "leftpad": [2, 11],
+        "causal": True,
+        "rotary_dim": 12,
+    },
+    "left padding of pages": {
+        "starts": [5, 17],
+        "counts": [2, 2],
+        "leftpad": [0, 11],
+        "page_size": 4,
+        "causal": True,
+        "rotary_dim": 12,
+    },
+    "tree": {
+        "starts": [5, 17],
+        "counts": [3, 3],
+        "sq": 3,
+        "tree_mask": torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool().expand(2, 3, 3),
+        "rotary_dim": 16,
+    },
+    "everything": {
+        "starts": [5, 17],
+        "counts": [4, 3],
+        "sq": 3,
+        "page_size": 4,
+        "ragged_new": True,
+        "rows": [2, 0],
+        "leftpad": [1, 6],
+        "rotary_dim": 12,
+        "interleaved": False,
+        "rotary_at": [9, 2],
+        "tree_mask": torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 1]]).bool().expand(2, 3, 3),
+        "window_size": (20, 5),
+    },
+}
+
+
+@pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
+def test_an_append_then_attends_to_what_it_wrote(target: Target, case: dict[str, Any]) -> None:
+    s = step(device=target.device, **case)
+    caches, expected = s.caches(), s.caches()
+    new = {n: s.tensors.get(n) for n in ("cu_seqlens_k_new", "page_table", "cache_batch_idx")}
+    t = s.tensors
+    append.reference_append(
+        append.AppendInputs(
+            **expected, k=t["k"], v=t["v"], cache_seqlens=t["cache_seqlens"], **new, **s.rotary
+        )
+    )
+    untouched = {n: x.clone() for n, x in t.items()}
+    out, lse = s.run(**caches)
+    torch.testing.assert_close(caches, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert torch.equal(bits(caches["v_cache"]), bits(expected["v_cache"]))
+    for name, value in untouched.items():
+        assert torch.equal(bits(t[name]), bits(value)), f"{name} was written"
+    assert_accurate(s.inputs(caches), out, lse)
+    after, lse_after = s.run_after(caches)
+    assert torch.equal(out, after)
+    assert torch.equal(lse, lse_after)
+
+
+def test_an_append_writes_into_out(target: Target) -> None:
+    s = step([5, 17], [2, 2], target.device, causal=True)
+    expected, _ = s.run(**s.caches())
+    out = torch.full_like(expected, NAN)
+    got, _ = s.run(**s.caches(), out=out)
+    assert got is out
+    assert torch.equal(out, expected)
+    assert torch.equal(s.run(**s.caches(), return_softmax_lse=False), expected)
+
+
+@pytest.mark.parametrize("page_size", [0, 4])
+def test_one_length_for_all_is_as_good_as_a_tensor_of_it(target: Target, page_size: int) -> None:
+    s = step([7, 7], [2, 2], target.device, page_size=page_size, rotary_dim=16, leftpad=[0, 3], causal=True)
+    caches, again = s.caches(), s.caches()
+    out, lse = s.run(**caches)
+    one, one_lse = s.run(**again, cache_seqlens=7)
+    assert torch.equal(out, one)
+    assert torch.equal(lse, one_lse)
+    assert all(torch.equal(bits(caches[n]), bits(again[n])) for n in caches)
+    # Without new keys too, where a dense cache may be a shorter view: another plan, the same meaning.
+    for rotary in (s.rotary, {}):
+        read = dataclasses.replace(s, rotary=rotary)
+        assert_accurate(read.inputs(caches), *read.run_after(caches, cache_seqlens=9))
+
+
+def pack(tree: torch.Tensor) -> torch.Tensor:
+    """Bits of the last dimension, least significant first."""
+    padded = torch.nn.functional.pad(tree.byte(), (0, -tree.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (padded << torch.arange(8, dtype=torch.uint8, device=tree.device)).sum(-1, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("ragged_q", [False, True])
+@pytest.mark.parametrize("sq", [1, 3, 8, 9])
+def test_a_tree_of_bits_is_a_tree_of_bools(target: Target, sq: int, ragged_q: bool) -> None:
+    tree = torch.rand(2, sq, sq, generator=torch.Generator().manual_seed(1)) < 0.5
+    s = step([4, 11], [sq, sq], target.device, sq=sq, ragged_q=ragged_q, tree_mask=tree)
+    caches = s.caches()
+    out, lse = s.run(**caches)
+    assert_accurate(s.inputs(caches), out, lse)
+    packed, packed_lse = s.run(**s.caches(), tree_mask=pack(s.options["tree_mask"]))
+    assert torch.equal(out, packed)
+    assert torch.equal(lse, packed_lse)
+
+
+def test_a_tree_over_all_keys_there_are(target: Target) -> None:
+    """More queries than keys: the first queries of the tree have none of their own."""
+    tree = torch.ones(2, 3, 3, dtype=torch.bool).tril()
+    s = step([0, 1], [1, 1], target.device, sq=3, tree_mask=tree)
+    caches = s.caches()
+    assert_accurate(s.inputs(caches), *s.run(**caches))
+
+
+def test_a_window_of_an_append_may_be_a_tensor(target: Target) -> None:
+    s = step([5, 17], [2, 2], target.device, rotary_dim=16, window_size=(6, 1))
+    out, lse = s.run(**s.caches())
+    again, lse_again = s.run(**s.caches(), window_size=torch.tensor([6, 1]))
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
+
+
+@pytest.mark.parametrize("length", [9, None])
+def test_a_padded_cache_without_a_tensor_of_lengths(target: Target, length: int | None) -> None:
+    x = make([2, 2], [9, 9], slack=0, causal=True, device=target.device)
+    pads = torch.tensor([3, 9], dtype=torch.int32, device=target.device)
+    padded = dataclasses.replace(x, cache_leftpad=pads)
+    assert_accurate(padded, *kvcache(x, causal=True, cache_seqlens=length, cache_leftpad=pads))
+
+
+def test_several_sequences_may_read_one_row(target: Target) -> None:
+    x = make([1, 1], [9, 9], slack=0, device=target.device)
+    rows = torch.tensor([1, 1], dtype=torch.int32, device=target.device)
+    out, lse = kvcache(x, cache_batch_idx=rows)
+    assert_accurate(dataclasses.replace(x, cache_batch_idx=rows), out, lse)
+
+
+def test_a_call_without_new_keys_rotates_the_queries_alone(target: Target) -> None:
+    s = step([5, 17], [0, 0], target.device, rotary_dim=12, interleaved=False, causal=True)
+    caches = s.caches()
+    out, lse = s.run(**caches, k=None, v=None)
+    assert_accurate(s.inputs(caches), out, lse)
+    assert all(torch.equal(bits(caches[n]), bits(s.tensors[n])) for n in caches)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "no room": (r"cache_seqlens \[1\] is 23; sequence 1 gets 2", {"starts": [5, 23], "capacity": 24}, {}),
+    "no page": (
+        r"page_table \[0, 1\] is 77; a page index",
+        {"page_size": 4},
+        {"page_table": ints(*[77] * 12).view(2, 6)},
+    ),
+    "two in one row": (r"cache_batch_idx \[1\] is 0; sequence 0 is appended", {"rows": [0, 0]}, {}),
+    "no row": (
+        r"cache_batch_idx \[0\] is 9; a row must be 0 to 1",
+        {"rows": [0, 1]},
+        {"cache_batch_idx": ints(9, 0)},
+    ),
+    "no angle": (
+        r"rotary_cos has 18 positions; the queries of sequence 1",
+        {"rotary_dim": 16},
+        {"rotary_cos": rand(18, 8), "rotary_sin": rand(18, 8)},
+    ),
+    "padding": (
+        r"cache_leftpad \[0\] is 6; that sequence has room for 0 to 5",
+        {},
+        {"cache_leftpad": ints(6, 0)},
+    ),
+    "offsets": (
+        r"cu_seqlens_k_new \[2\] is 5; k has 4 tokens",
+        {"ragged_new": True},
+        {"cu_seqlens_k_new": ints(0, 2, 5)},
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "case", "changes"), REFUSED.values(), ids=REFUSED)
+def test_an_append_refused_for_its_values_changes_no_byte(
+    target: Target,
+    message: str,
+    case: dict[str, Any],
+    changes: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HEADFOLD_CHECK", "1")
+    s = step(**{"starts": [5, 17], "counts": [2, 2], "causal": True, **case}, device=target.device)
+    caches = s.caches()
+    if "page_table" in changes:
+        changes = {
+            "page_table": torch.cat([s.tensors["page_table"][:, :1].cpu(), changes["page_table"][:, 1:]], 1)
+        }
+    with pytest.raises(ValueError, match=f"flash_attn_with_kvcache: {message}"):
+        s.run(**caches, **placed(changes, target.device))
+    assert all(torch.equal(bits(caches[n]), bits(s.tensors[n])) for n in caches)
+    if not changes or "cu_seqlens_k_new" in changes or "cache_leftpad" in changes:
+        return
+    fine = step(
+        **{"starts": [5, 16], "counts": [2, 2], "causal": True, **case, **SOUND.get(message, {})},
+        device=target.device,
+    )
+    caches = fine.caches()
+    assert_accurate(fine.inputs(caches), *fine.run(**caches))
+
+
+SOUND: dict[str, dict[str, Any]] = {}
+
+
+# ---- scheduler metadata -----------------------------------------------------------------------------------
+
+
+def metadata(s: Step, longest: int, **options: Any) -> Any:
+    t = s.tensors
+    b, sq, h, d = t["q"].shape
+    return headfold.get_scheduler_metadata(
+        b,
+        sq,
+        longest,
+        h,
+        t["k_cache"].shape[2],
+        d,
+        t["cache_seqlens"],
+        t["q"].dtype,
+        t["v_cache"].shape[3],
+        **options,
+    )
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_scheduler_metadata_serves_every_step_within_its_bounds(
+    target: Target, page_size: int | None
+) -> None:
+    s = step([3, 400], [1, 1], target.device, sq=1, capacity=512, page_size=page_size or 0, causal=True)
+    lengths = s.tensors["cache_seqlens"]
+    planned = metadata(s, 511, max_seqlen_k_new=1, page_size=page_size, causal=True)
+    assert planned.num_splits > 1
+    caches = s.caches()
+    for i in range(3):
+        s.tensors["cache_seqlens"] = lengths + i
+        before = {n: t.clone() for n, t in caches.items()}
+        out, lse = s.run(**caches, scheduler_metadata=planned)
+        x = s.inputs(caches)
+        assert_accurate(x, out, lse)
+        # Without it the call plans from its capacity, which is the same bound.
+        alone, alone_lse = s.run(**before)
+        torch.testing.assert_close(alone, out, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone_lse, lse, rtol=1e-5, atol=1e-5)
+        # Planned from the lengths that there are, other splits mean the same.
+        exact = metadata(s, int(s.lengths.max()), page_size=page_size, causal=True)
+        assert_accurate(x, *s.run_after(caches, scheduler_metadata=exact))
+
+
+def test_scheduler_metadata_decides_the_splits_unless_the_call_forces_them(seen: list[Inputs]) -> None:
+    lengths = ints(3, 1)
+    planned = headfold.get_scheduler_metadata(2, 3, 5, 4, 2, 8, lengths, torch.float32, num_splits=7)
+    assert planned.num_splits == 7
+    for options in ({}, {"num_splits": 3}):
+        headfold.flash_attn_with_kvcache(
+            Q, K, V, cache_seqlens=lengths, scheduler_metadata=planned, **options
+        )
+    assert [x.num_splits for x in seen] == [7, 3]
+
+
+def test_scheduler_metadata_reads_nothing_from_the_device(kernels: Target) -> None:
+    meta = ints(3, 4).to("meta")
+    on_meta = headfold.get_scheduler_metadata(
+        2, 1, 8192, 8, 2, 64, meta, cu_seqlens_q=meta, cu_seqlens_k_new=meta, cache_leftpad=meta
+    )
+    real = headfold.get_scheduler_metadata(2, 1, 8192, 8, 2, 64, ints(9, 99), cu_seqlens_q=ints(0, 1, 2))
+    assert on_meta.num_splits == real.num_splits > 1
+
+
+def test_scheduler_metadata_follows_its_bounds(kernels: Target) -> None:
+    def splits(**changes: Any) -> int:
+        arguments = {
+            "batch_size": 1,
+            "max_seqlen_q": 1,
+            "max_seqlen_k": 8192,
+            "num_heads_q": 8,
+            "num_heads_kv": 2,
+            "headdim": 64,
+            "cache_seqlens": ints(5),
+        }
+        return headfold.get_scheduler_metadata(**{**arguments, **changes}).num_splits
+
+    long = splits()
+    assert long > 1
+    assert splits(max_seqlen_k=64) < long
+    assert splits(max_seqlen_k=0, max_seqlen_k_new=8192) == long
+    assert splits(window_size=(32, 0)) < long
+    assert splits(window_size=torch.tensor([32, 0])) < long
+    assert splits(attention_chunk=32) < long
+    assert splits(batch_size=64, cache_seqlens=torch.zeros(64, dtype=torch.int32)) < long
+    assert splits(sm_margin=10**6) < long
+    assert splits(num_splits=5) == 5
+    assert splits(max_seqlen_q=4096, causal=True) == 0  # nothing to split: left to the call
+    assert splits(max_seqlen_k=0) == 0
+    for same in ({"has_softcap": True}, {"headdim_v": 64}, {"pack_gqa": True}, {"qkv_dtype": torch.float16}):
+        assert splits(**same) == long

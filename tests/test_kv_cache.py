@@ -524,6 +524,36 @@ def test_attention_after_rejected_tokens(target: Target) -> None:
     assert_attends(cache, ids, held)
 
 
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_tokens_that_the_kernel_appends(target: Target, page_size: int) -> None:
+    """reserve, the call with k and v, advance: for sequences of different lengths, one of them cut in a shared page."""
+    cache = make_cache(page_size, num_pages=60, max_pages=-(-24 // page_size), device=target.device)
+    parent, other = cache.allocate([0, 0])
+    k, v = tokens(21, like=cache)
+    cache.append([parent, other], k, v, [16, 5])
+    fork = cache.fork(parent)
+    cache.truncate(fork, 14)
+    ids = [fork, other]
+    new = tokens(2, 4, seed=1, like=cache)
+    cache.reserve(ids, 4)
+    table, lengths = cache.view(ids)
+    q = torch.randn(2, 4, 2 * HEADS, D).to(target.device)
+    out = flash_attn_with_kvcache(
+        q, cache.k_cache, cache.v_cache, *new, cache_seqlens=lengths, page_table=table, causal=True
+    )
+    cache.advance(ids, 4)
+    held = [
+        joined((k[:14], v[:14]), (new[0][0], new[1][0])),
+        joined((k[16:], v[16:]), (new[0][1], new[1][1])),
+    ]
+    for id, want in zip([*ids, parent], [*held, (k[:16], v[:16])], strict=True):
+        assert_holds(cache, id, want)
+    assert isinstance(out, torch.Tensor)
+    for i, (ki, vi) in enumerate(held):
+        alone = flash_attn_func(q[i : i + 1], ki[None], vi[None], causal=True)
+        torch.testing.assert_close(out[i : i + 1], alone)
+
+
 def test_the_whole_table_is_a_batch(target: Target) -> None:
     """page_table and lengths serve as they are, as a CUDA graph uses them: free rows are empty sequences."""
     cache = make_cache(4, device=target.device)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headfold import ops, reference
+from headfold.features import check_features
 from headfold.problem import (
     MAX_GROUP,
     MAX_HEAD_DIM,
@@ -19,11 +20,10 @@ from headfold.problem import (
     Inputs,
     check,
     check_out,
-    check_values,
     is_aligned,
     problem_of,
-    value_checks_enabled,
 )
+from headfold.values import check_values, value_checks_enabled
 from tests.cases import NAN, make, poisoned
 
 LAYOUTS = [(q, k) for q in ("dense", "ragged") for k in ("dense", "ragged", "paged")]
@@ -80,6 +80,31 @@ def moved(name: str) -> Change:
 
 def value(**changes: Any) -> Change:
     return lambda x: changes
+
+
+FLOATS = "it must be float16 or bfloat16 or float32"
+
+
+def featured() -> Inputs:
+    """The dense call with everything that a dense call may have: 4 heads, rotary over 6 of 16 columns."""
+    g = torch.Generator().manual_seed(0)
+    return dataclasses.replace(
+        dense(),
+        sink=torch.randn(4, generator=g),
+        alibi_slopes=torch.rand(2, 4, generator=g),
+        mask=torch.zeros(2, 4, 3, 5),
+        tree_mask=torch.ones(2, 3, 3, dtype=torch.bool),
+        cache_batch_idx=ints(1, 0),
+        cache_leftpad=ints(0, 1),
+        rotary_cos=torch.rand(9, 3, generator=g),
+        rotary_sin=torch.rand(9, 3, generator=g),
+        rotary_positions=ints(5, 2),
+    )
+
+
+def repeated(name: str) -> Change:
+    """The tensor with every other element of its last dimension."""
+    return lambda x: {name: getattr(x, name).repeat_interleave(2, -1)[..., ::2]}
 
 
 INT32 = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
@@ -455,7 +480,226 @@ ERRORS: dict[str, list[tuple[Callable[[], Inputs], Change, type[Exception], str]
         for n in (-1, 257)
     ],
     "sm_margin": [(dense, value(sm_margin=-1), ValueError, "sm_margin is -1; it must be >= 0")],
+    "softcap": [
+        (dense, value(softcap=n), ValueError, f"softcap is {n}; it must be 0.0 (off) or a finite cap > 0")
+        for n in (-1.0, NAN, float("inf"))
+    ],
+    "attention_chunk": [
+        (
+            dense,
+            value(attention_chunk=n),
+            ValueError,
+            f"attention_chunk is {n}; it must be 0 (off) to {MAX_SEQLEN}",
+        )
+        for n in (-1, MAX_SEQLEN + 1)
+    ],
+    "tokens_per_split": [
+        *(
+            (
+                dense,
+                value(tokens_per_split=n),
+                ValueError,
+                f"tokens_per_split is {n}; it must be None or 1 to {MAX_SEQLEN}",
+            )
+            for n in (-1, MAX_SEQLEN + 1)
+        ),
+        (
+            lambda: make([1], [513], slack=0),
+            value(tokens_per_split=2),
+            ValueError,
+            "tokens_per_split is 2 for up to 513 keys; at most 256 splits can be merged, so it must be >= 3",
+        ),
+    ],
+    "alibi_slopes": [
+        (
+            featured,
+            lambda x: {"alibi_slopes": x.alibi_slopes[:1]},
+            ValueError,
+            "alibi_slopes has shape (1, 4); it must be (4,) or (2, 4)",
+        ),
+        (
+            featured,
+            cast("alibi_slopes", torch.bfloat16),
+            ValueError,
+            "alibi_slopes has dtype torch.bfloat16; it must be float32",
+        ),
+    ],
+    "sink": [
+        (
+            featured,
+            value(sink=torch.ones(2)),
+            ValueError,
+            "learnable_sink has shape (2,); it must be (4,)",
+        ),
+        (
+            featured,
+            cast("sink", torch.float64),
+            ValueError,
+            f"learnable_sink has dtype torch.float64; {FLOATS}",
+        ),
+    ],
+    "mask": [
+        (featured, value(mask=[0.0]), TypeError, "mask is a list; it must be a torch.Tensor"),
+        (
+            featured,
+            cast("mask", torch.int32),
+            ValueError,
+            "mask has dtype torch.int32; it must be bool, float16, bfloat16 or float32",
+        ),
+        (featured, moved("mask"), ValueError, "mask is on meta; it must be on the queries' device cpu"),
+        (
+            featured,
+            lambda x: {"mask": x.mask[:, :1]},
+            ValueError,
+            "mask has shape (2, 1, 3, 5); it must be (b, h, sq, sk) = (2, 4, 3, 5)",
+        ),
+        *(
+            (
+                base,
+                value(mask=torch.zeros(2, 4, 3, 5)),
+                ValueError,
+                "mask is given for a ragged or paged call; q, k and v must be dense",
+            )
+            for base in (ragged, paged)
+        ),
+    ],
+    "tree_mask": [
+        (featured, value(tree_mask=True), TypeError, "tree_mask is a bool; it must be a torch.Tensor"),
+        (
+            featured,
+            cast("tree_mask", torch.uint8),
+            ValueError,
+            "tree_mask has dtype torch.uint8; it must be bool (or packed bits, uint8)",
+        ),
+        (
+            featured,
+            moved("tree_mask"),
+            ValueError,
+            "tree_mask is on meta; it must be on the queries' device cpu",
+        ),
+        (
+            featured,
+            lambda x: {"tree_mask": x.tree_mask[:, :2, :2]},
+            ValueError,
+            "tree_mask has shape (2, 2, 2); it must be (b, sq, sq) = (2, 3, 3)",
+        ),
+        (featured, swapped("tree_mask"), ValueError, f"tree_mask has last stride 3; {NO_LAST_STRIDE}"),
+    ],
+    "cache_batch_idx": [
+        (
+            featured,
+            value(cache_batch_idx=ints(1)),
+            ValueError,
+            "cache_batch_idx has shape (1,); it must be (2,)",
+        ),
+        (
+            ragged,
+            value(cache_batch_idx=ints(1, 0)),
+            ValueError,
+            "cache_batch_idx is given with cu_seqlens_k; it belongs to a dense or paged cache",
+        ),
+    ],
+    "cache_leftpad": [
+        (
+            featured,
+            value(cache_leftpad=ints(1, 1, 1)),
+            ValueError,
+            "cache_leftpad has shape (3,); it must be (2,)",
+        ),
+        (
+            ragged,
+            value(cache_leftpad=ints(1, 0)),
+            ValueError,
+            "cache_leftpad is given with cu_seqlens_k; it belongs to a dense or paged cache",
+        ),
+    ],
+    "rotary_cos": [],
+    "rotary_sin": [
+        (
+            featured,
+            lambda x: {"rotary_sin": x.rotary_sin[1:]},
+            ValueError,
+            "rotary_sin is (8, 3) torch.float32 with strides (3, 1); it must be laid out as rotary_cos, "
+            "(9, 3) torch.float32",
+        ),
+        (
+            lambda: dataclasses.replace(
+                featured(), q=dense().q.half(), k=dense().k.half(), v=dense().v.half()
+            ),
+            cast("rotary_sin", torch.float16),
+            ValueError,
+            "rotary_sin is (9, 3) torch.float16 with strides (3, 1); it must be laid out as rotary_cos, "
+            "(9, 3) torch.float32",
+        ),
+    ],
+    "rotary_positions": [
+        (
+            featured,
+            value(rotary_positions=None),
+            ValueError,
+            "rotary_positions is None; rotary_cos needs the position of every sequence",
+        ),
+        (
+            featured,
+            value(rotary_positions=ints(1)),
+            ValueError,
+            "rotary_positions has shape (1,); it must be (2,)",
+        ),
+    ],
 }
+for _name in ("rotary_cos", "rotary_sin"):
+    ERRORS[_name] += [
+        (
+            featured,
+            value(**{_name: None}),
+            ValueError,
+            f"{_name} is None; rotary_cos and rotary_sin come together",
+        ),
+        (featured, value(**{_name: 1.0}), TypeError, f"{_name} is a float; it must be a torch.Tensor"),
+        (
+            featured,
+            cast(_name, torch.float16),
+            ValueError,
+            f"{_name} has dtype torch.float16; it must be torch.float32",
+        ),
+        (
+            lambda: dataclasses.replace(
+                featured(), q=dense().q.half(), k=dense().k.half(), v=dense().v.half()
+            ),
+            cast(_name, torch.bfloat16),
+            ValueError,
+            f"{_name} has dtype torch.bfloat16; it must be torch.float16 or torch.float32",
+        ),
+        (featured, moved(_name), ValueError, f"{_name} is on meta; it must be on the queries' device cpu"),
+        (
+            featured,
+            lambda x, name=_name: {name: torch.ones(9, 9)},
+            ValueError,
+            f"{_name} has shape (9, 9); it must be (max_len, rotary_dim / 2) with rotary_dim <= 16",
+        ),
+        (featured, swapped(_name), ValueError, f"{_name} has last stride 9; {NO_LAST_STRIDE}"),
+    ]
+for _name in ("sink", "alibi_slopes", "cache_batch_idx", "cache_leftpad", "rotary_positions"):
+    _called = "learnable_sink" if _name == "sink" else _name
+    ERRORS[_name] += [
+        (featured, value(**{_name: 7}), TypeError, f"{_called} is a int; it must be a torch.Tensor"),
+        (featured, moved(_name), ValueError, f"{_called} is on meta; it must be on the queries' device cpu"),
+        (featured, repeated(_name), ValueError, f"{_called} has last stride 2; {NO_LAST_STRIDE}"),
+    ]
+for _name in ("cache_batch_idx", "cache_leftpad", "rotary_positions"):
+    ERRORS[_name].append(
+        (featured, cast(_name, torch.int64), ValueError, f"{_name} has dtype torch.int64; it must be int32")
+    )
+for _name in ("sink", "alibi_slopes", "mask", "rotary_cos", "rotary_sin"):
+    ERRORS[_name].append(
+        (
+            featured,
+            lambda x, name=_name: {name: getattr(x, name).clone().requires_grad_()},
+            NotImplementedError,
+            f"{'learnable_sink' if _name == 'sink' else _name} requires a gradient, and headfold has no backward "
+            "yet; call it under torch.no_grad() or detach the inputs",
+        )
+    )
 for _name in INT32:
     ERRORS[_name] += [
         (ragged, value(**{_name: [0, 3]}), TypeError, f"{_name} is a list; it must be an int32 tensor"),
@@ -470,6 +714,11 @@ for _name in INT32:
     ]
 
 
+def check_all(x: Inputs) -> None:
+    check(x)
+    check_features(x)
+
+
 @pytest.mark.parametrize(
     ("base", "change", "kind", "message"),
     [case for cases in ERRORS.values() for case in cases],
@@ -479,9 +728,9 @@ def test_check_says_what_came_and_what_is_needed(
     base: Callable[[], Inputs], change: Change, kind: type[Exception], message: str
 ) -> None:
     x = base()
-    check(x)
+    check_all(x)
     with pytest.raises(kind) as error:
-        check(dataclasses.replace(x, **change(x)))
+        check_all(dataclasses.replace(x, **change(x)))
     assert type(error.value) is kind
     assert str(error.value) == f"attention: {message}"
 
@@ -489,13 +738,28 @@ def test_check_says_what_came_and_what_is_needed(
 def test_every_input_has_an_error_test() -> None:
     """Flags and the caller's name come from headfold itself or are typed by the operator's schema."""
     untested = {f.name for f in dataclasses.fields(Inputs)} - set(ERRORS)
-    assert untested == {"bottom_right", "pack_gqa", "caller"}
+    assert untested == {"bottom_right", "pack_gqa", "rotary_interleaved", "rotary_advances", "caller"}
 
 
 @pytest.mark.parametrize(("q_layout", "kv_layout"), LAYOUTS)
 @pytest.mark.parametrize("lens", [([3, 3], [5, 5]), ([0, 4], [7, 0]), ([], [])], ids=str)
 def test_valid_inputs_pass(q_layout: str, kv_layout: str, lens: tuple[list[int], list[int]]) -> None:
-    check(make(*lens, q_layout=q_layout, kv_layout=kv_layout, causal=True))
+    check_all(make(*lens, q_layout=q_layout, kv_layout=kv_layout, causal=True))
+
+
+def test_valid_features_pass_in_their_other_forms() -> None:
+    x = featured()
+    half = {"q": x.q.half(), "k": x.k.half(), "v": x.v.half()}
+    for change in (
+        {"sink": x.sink.half(), "alibi_slopes": x.alibi_slopes[0]},
+        {"mask": torch.ones(1, dtype=torch.bool).expand(2, 4, 3, 5)},
+        {"tree_mask": torch.ones(2, 8, 8, dtype=torch.bool)},
+        {"rotary_cos": torch.ones(9, 20)[:, 1:9], "rotary_sin": torch.ones(9, 20)[:, 8:16]},
+        {**half, "rotary_cos": x.rotary_cos.half(), "rotary_sin": x.rotary_sin.half()},
+        half,
+        {"cache_batch_idx": ints(6, 6), "k": x.k[:1].expand(7, 5, 2, 16), "v": x.v[:1].expand(7, 5, 2, 16)},
+    ):
+        check_all(dataclasses.replace(x, **change))
 
 
 def test_a_page_table_may_not_address_more_keys_than_positions_hold() -> None:
@@ -541,12 +805,22 @@ def test_inputs_that_require_a_gradient_pass_without_grad_mode() -> None:
             "scaled_dot_product_attention: scale is nan",
         ),
         ("flash_attn_func", swapped("k"), "flash_attn_func: k has last stride"),
+        (
+            "flash_attn_with_kvcache",
+            cast("rotary_positions", torch.int64),
+            "flash_attn_with_kvcache: rotary_seqlens has dtype",
+        ),
+        (
+            "scaled_dot_product_attention",
+            cast("mask", torch.float64),
+            "scaled_dot_product_attention: attn_mask has dtype",
+        ),
     ],
 )
 def test_messages_use_the_callers_own_names(caller: str, change: Change, message: str) -> None:
-    x = dense()
+    x = featured()
     with pytest.raises(ValueError, match=message):
-        check(dataclasses.replace(x, **change(x), caller=caller))
+        check_all(dataclasses.replace(x, **change(x), caller=caller))
 
 
 # ---- check_out --------------------------------------------------------------------------------------------
@@ -798,6 +1072,49 @@ BAD_VALUES: list[tuple[Callable[[], Inputs], Change, str]] = [
 ]
 
 
+def rotated(rows: int, *positions: int, advances: bool = True) -> Change:
+    """Angles for positions 0 to rows - 1, and each sequence rotated from its own on."""
+    return value(
+        rotary_cos=torch.ones(rows, 3),
+        rotary_sin=torch.ones(rows, 3),
+        rotary_positions=ints(*positions),
+        rotary_advances=advances,
+    )
+
+
+BAD_VALUES += [
+    (dense, value(cache_batch_idx=ints(0, 2)), "cache_batch_idx [1] is 2; a row must be 0 to 1"),
+    (paged, value(cache_batch_idx=ints(-1, 0)), "cache_batch_idx [0] is -1; a row must be 0 to 1"),
+    (
+        paged,
+        lambda x: {"cache_batch_idx": ints(1, 0), "seqused_k": ints(5, 5), **page(0, 1, 9)(x)},
+        "page_table [0, 1] is 9; a page index must be 0 to 5",
+    ),
+    (dense, value(cache_leftpad=ints(0, 6)), "cache_leftpad [1] is 6; that sequence has room for 0 to 5"),
+    (
+        dense,
+        value(seqused_k=ints(4, 2), cache_leftpad=ints(4, 3)),
+        "cache_leftpad [1] is 3; that sequence has room for 0 to 2",
+    ),
+    (paged, value(cache_leftpad=ints(-1, 0)), "cache_leftpad [0] is -1; that sequence has room for 0 to 5"),
+    (
+        dense,
+        rotated(9, 0, 7),
+        "rotary_cos has 9 positions; the queries of sequence 1 are rotated at 7 to 9",
+    ),
+    (
+        dense,
+        rotated(9, 9, 0, advances=False),
+        "rotary_cos has 9 positions; the queries of sequence 0 are rotated at 9 to 9",
+    ),
+    (
+        ragged,
+        rotated(9, -1, 0),
+        "rotary_cos has 9 positions; the queries of sequence 0 are rotated at -1 to 1",
+    ),
+]
+
+
 @pytest.mark.parametrize(("base", "change", "message"), BAD_VALUES, ids=[m[:30] for _, _, m in BAD_VALUES])
 @pytest.mark.usefixtures("reading")
 def test_check_values_names_the_entry_and_leaves_out_untouched(
@@ -848,6 +1165,17 @@ def test_lengths_of_a_paged_cache_may_come_as_offsets_or_beside_them() -> None:
     x = paged()
     check_values(dataclasses.replace(x, seqused_k=None, cu_seqlens_k=ints(0, 5, 11)))
     check_values(dataclasses.replace(x, cu_seqlens_k=ints(0, 1, 2)))
+
+
+def test_values_that_just_fit_are_silent() -> None:
+    x = dense()
+    for change in (rotated(9, 6, 0), rotated(9, 8, 8, advances=False), value(cache_leftpad=ints(5, 0))):
+        check_values(dataclasses.replace(x, **change(x)))
+    nobody = make([0, 2], [5, 5], q_layout="ragged", kv_layout="paged", slack=0)
+    check_values(dataclasses.replace(nobody, **rotated(9, 99, 7)(nobody)))
+    # Pages that lie wholly before the first valid key are not read.
+    table = page(1, 0, 2**31 - 1)(paged())["page_table"]
+    check_values(dataclasses.replace(paged(), page_table=table, cache_leftpad=ints(0, 4)))
 
 
 @pytest.mark.usefixtures("reading")

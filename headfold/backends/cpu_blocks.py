@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from headfold.backends.cpu_band import Band
-from headfold.backends.cpu_mask import Block, Masks, folded
+from headfold.backends.cpu_mask import Block, Masks
 from headfold.backends.cpu_scores import score_state
 from headfold.backends.cpu_sequences import Sequences, split_extent
 from headfold.backends.cpu_states import NEG_INF, State, add_sink, flash_masked, merge_into
@@ -28,8 +28,8 @@ BLOCK_KEYS = (64, 1024)
 
 def needs_blocks(x: Inputs) -> bool:
     """True when a call asks for what the plain forms do not compute."""
-    masks = (x.mask, x.tree_mask, x.alibi_slopes)
-    return x.softcap > 0 or x.tokens_per_split > 0 or any(t is not None for t in masks)
+    masked = x.mask is not None or x.tree_mask is not None or x.alibi_slopes is not None
+    return masked or x.softcap > 0 or x.tokens_per_split > 0
 
 
 def attend(plan: Plan, x: Inputs, s: Sequences, band: Band) -> None:
@@ -40,7 +40,9 @@ def attend(plan: Plan, x: Inputs, s: Sequences, band: Band) -> None:
     # The flash kernel's half-precision exp(0) is 1 - 5e-5; where all scores are equal, LSEs can be exact instead.
     own = x.softcap > 0 or x.scale == 0
     masks = Masks.of(x, band, s.batch)
-    q = (s.q.float() if own else s.q).unflatten(2, heads)
+    q = s.q.unflatten(2, heads)
+    if own:
+        q = q.float() * (x.scale / x.softcap if x.softcap > 0 else x.scale)
     out = torch.zeros((n, sq, *heads, dv))
     lse = torch.full((n, sq, *heads), NEG_INF)
     for start, end in _key_blocks(plan, x, band):
@@ -93,7 +95,7 @@ def _block_state(
     Returns:
         out (n, p, hk, G, dv) and LSE (n, p, hk, G).
     """
-    positions, hk, group = q.shape[1:4]
+    positions, _, group = q.shape[1:4]
     seen = block.keys_seen()
     if seen is not None and not seen.all():
         if not seen.any():
@@ -102,15 +104,10 @@ def _block_state(
         unseen = ~seen.unsqueeze(-1)
         k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
     rows = q.transpose(1, 2).flatten(2, 3)
-    mask = block.added(q.dtype)
-    if mask is not None:
-        mask = folded(mask, positions, (hk, group))
+    mask = block.added(q.dtype, positions, group)
     if own:
-        out, lse = score_state(rows, k, v, x.scale, x.softcap, mask)
+        out, lse = score_state(rows, k, v, x.softcap, mask)
     else:
-        live = None if block.seen is None else block.seen.any(-1, keepdim=True)
-        if live is not None:
-            live = folded(live, positions, (hk, group)).squeeze(-1)
-        out, lse = flash_masked(rows, k, v, x.scale, mask, live)
+        out, lse = flash_masked(rows, k, v, x.scale, mask, block.live(positions, group))
     unfolded = (positions, group)
     return out.unflatten(2, unfolded).transpose(1, 2), lse.unflatten(2, unfolded).transpose(1, 2)

@@ -17,29 +17,38 @@ from headfold.problem import Inputs
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A block of pairs: seen bool and bias float32, both (n | 1, h | 1, p | 1, e), None for all seen and for 0."""
+    """Positions x keys: seen bool and bias float32, (n | 1, hk | 1, p | 1, G | 1, e); None for all seen and for 0."""
 
     seen: torch.Tensor | None
     bias: torch.Tensor | None
 
     def keys_seen(self) -> torch.Tensor | None:
         """Bool (e,): the keys that some query of some head sees; None for all of them."""
-        return None if self.seen is None else self.seen.flatten(0, 2).any(0)
+        return None if self.seen is None else self.seen.flatten(0, 3).any(0)
 
-    def added(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """What is added to the scaled scores, -inf where a key is hidden: of `dtype`, or float32 with a bias."""
-        if self.bias is None:
-            if self.seen is None:
-                return None
-            return torch.zeros(self.seen.shape, dtype=dtype).masked_fill_(~self.seen, NEG_INF)
-        return self.bias if self.seen is None else self.bias.masked_fill(~self.seen, NEG_INF)
+    def live(self, positions: int, group: int) -> torch.Tensor | None:
+        """Bool (n | 1, hk | 1, p * G): the folded rows that see some key; None for all of them."""
+        if self.seen is None:
+            return None
+        return _rows(self.seen.any(-1, keepdim=True), positions, group).squeeze(-1)
+
+    def added(self, dtype: torch.dtype, positions: int, group: int) -> torch.Tensor | None:
+        """What is added to the scaled scores of folded rows, (n | 1, hk | 1, p * G, e), -inf where a key is hidden.
+
+        Of `dtype`, or float32 with a bias.
+        """
+        added = self.bias
+        if self.seen is not None:
+            hidden = torch.tensor(NEG_INF, dtype=dtype if added is None else added.dtype)
+            added = torch.where(self.seen, torch.zeros_like(hidden) if added is None else added, hidden)
+        return None if added is None else _rows(added, positions, group)
 
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """All that hides keys from n sequences of equal lengths or biases their scores.
+    """All that hides keys from n sequences of equal lengths or biases their scores, in the order of folded rows.
 
-    tree: bool (n, sq, sq); slopes: float32 (n | 1, h, 1, 1); mask: (n | 1, h | 1, sq | 1, sk | 1).
+    tree: bool (n, sq, sq); slopes: float32 (n | 1, hk, 1, G, 1); mask: (n | 1, hk | 1, sq | 1, G | 1, sk | 1).
     """
 
     band: Band
@@ -50,31 +59,32 @@ class Masks:
     @classmethod
     def of(cls, x: Inputs, band: Band, batch: slice) -> Masks:
         """The masks of those sequences of x; mask rows and columns past the band's lengths are not read."""
+        heads = (x.k.shape[-2], x.q.shape[-2] // x.k.shape[-2])
         slopes, mask = x.alibi_slopes, x.mask
         if slopes is not None:
-            slopes = (slopes.unsqueeze(0) if slopes.dim() == 1 else slopes[batch])[:, :, None, None]
+            slopes = slopes.unsqueeze(0) if slopes.dim() == 1 else slopes[batch]
+            slopes = slopes.unflatten(1, heads)[:, :, None, :, None]
         if mask is not None:
-            mask = _unexpanded(mask[batch])
+            mask = _unexpanded(mask[batch].unflatten(1, heads).transpose(2, 3))
         return cls(band, None if x.tree_mask is None else x.tree_mask[batch], slopes, mask)
 
     def block(self, first: int, last: int, start: int, end: int) -> Block:
         """Queries first..last-1 against keys start..end-1."""
         band, seen, bias = self.band, None, None
         if not band.is_full(first, last, start, end):
-            seen = band.visible(first, last, start, end)[None, None]
+            seen = band.visible(first, last, start, end)[None, None, :, None]
         newest = max(start, band.sk - min(band.sq, band.sk))
         if self.tree is not None and newest < end:
             shift = band.sk - band.sq
-            tree = self.tree[:, None, first:last, newest - shift : end - shift]
-            listed = tree.new_ones((*tree.shape[:3], end - start))
+            tree = self.tree[:, None, first:last, None, newest - shift : end - shift]
+            listed = tree.new_ones((*tree.shape[:-1], end - start))
             listed[..., newest - start :] = tree
             seen = _both(seen, listed)
         if self.slopes is not None:
             distance = torch.arange(start, end) - torch.arange(first, last).unsqueeze(1) - band.diagonal
-            bias = -self.slopes * distance.abs()
+            bias = -self.slopes * distance.abs().float()[:, None]
         if self.mask is not None:
-            mask = _cut(_cut(self.mask, 2, first, last), 3, start, end)
-            mask = mask.expand(-1, -1, -1, end - start)
+            mask = _cut(_cut(self.mask, 2, first, last), 4, start, end).expand(-1, -1, -1, -1, end - start)
             if mask.dtype == torch.bool:
                 seen = _both(seen, mask)
             else:
@@ -83,10 +93,9 @@ class Masks:
         return Block(seen, bias)
 
 
-def folded(t: torch.Tensor, positions: int, heads: tuple[int, int]) -> torch.Tensor:
-    """t (n | 1, h | 1, p | 1, e) for folded rows, (n | 1, hk | 1, p * G, e): row p * G + g is head g's position p."""
-    t = t.unsqueeze(2) if t.shape[1] == 1 else t.unflatten(1, heads)
-    return t.transpose(2, 3).expand(-1, -1, positions, heads[1], -1).flatten(2, 3)
+def _rows(t: torch.Tensor, positions: int, group: int) -> torch.Tensor:
+    """t (n | 1, hk | 1, p | 1, G | 1, e) for folded rows, (n | 1, hk | 1, p * G, e)."""
+    return t.expand(-1, -1, positions, group, -1).flatten(2, 3)
 
 
 def _both(seen: torch.Tensor | None, also: torch.Tensor) -> torch.Tensor:

@@ -15,15 +15,14 @@ def score_state(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    scale: float,
     softcap: float,
     mask: torch.Tensor | None,
 ) -> State:
     """The state of q (n, hk, rows, d) over k (n, hk, e, d) and v (n, hk, e, dv), all float32.
 
     Args:
-        scale: factor on the scores, of any sign.
-        softcap: with a cap > 0 the scaled scores become cap * tanh(score / cap), before the mask.
+        q: its products with k are the scores, or score / cap with a softcap.
+        softcap: with a cap > 0 the scores become cap * tanh(score / cap), before the mask.
         mask: added to them, broadcast to (n, hk, rows, e); -inf hides a key.
 
     Returns:
@@ -31,11 +30,11 @@ def score_state(
     """
     scores = torch.matmul(q, k.mT)
     if softcap > 0:
-        scores.mul_(scale / softcap).tanh_().mul_(softcap)
-    else:
-        scores.mul_(scale)
+        scores.tanh_()
     if mask is not None:
-        scores.add_(mask)
+        torch.add(mask, scores, alpha=softcap or 1.0, out=scores)
+    elif softcap > 0:
+        scores.mul_(softcap)
     top = scores.amax(-1, keepdim=True)
     top.masked_fill_(top == NEG_INF, 0.0)  # a row that sees nothing: exp(-inf + inf) would be NaN
     p = scores.sub_(top).exp_()

@@ -87,8 +87,8 @@ def rotated(x: Inputs, q: torch.Tensor, batch: slice) -> torch.Tensor:
 
 
 def _dense_keys(x: Inputs) -> bool:
-    lengths = (x.page_table, x.cu_seqlens_k, x.seqused_k, x.cache_batch_idx, x.cache_leftpad)
-    return all(t is None for t in lengths)
+    plain = x.page_table is None and x.cu_seqlens_k is None and x.seqused_k is None
+    return plain and x.cache_batch_idx is None and x.cache_leftpad is None
 
 
 def _spans(
@@ -114,7 +114,8 @@ def _keys_of(x: Inputs, place: int, start: int, pad: int, end: int) -> KeysOf:
     if x.cu_seqlens_k is not None:
         rows = slice(start + pad, start + max(pad, end))
         return _keys_between(x.k[rows].unsqueeze(0), x.v[rows].unsqueeze(0))
-    return _keys_between(x.k[place, pad:end].unsqueeze(0), x.v[place, pad:end].unsqueeze(0))
+    one, tokens = slice(place, place + 1), slice(pad, max(pad, end))
+    return _keys_between(x.k[one, tokens], x.v[one, tokens])
 
 
 def _keys_between(k: torch.Tensor, v: torch.Tensor) -> KeysOf:

@@ -85,7 +85,6 @@ def constants(plan: Plan, head_dim: int, head_dim_v: int, itemsize: int) -> dict
         "SEARCH": plan.search_tiles,
         "SOFTCAP": plan.softcap,
         "CHUNKED": plan.chunked,
-        "SKIP": plan.skip_blocks,
         "MASK_ALIGN": plan.mask_align,
         "ROTARY_DIM": plan.rotary[0],
         "INTERLEAVED": plan.rotary[1],
@@ -156,9 +155,9 @@ def _launch(
         x.sink,
         x.alibi_slopes,
         slopes_stride,
-        x.mask,
+        _bytes(x.mask),
         *(x.mask.stride() if x.mask is not None else (0, 0, 0, 0)),
-        x.tree_mask,
+        _bytes(x.tree_mask),
         *(x.tree_mask.stride()[:2] if x.tree_mask is not None else (0, 0)),
         x.cache_batch_idx,
         x.cache_leftpad,
@@ -180,6 +179,11 @@ def _launch(
             if plan.use_tma:
                 triton.set_allocator(_allocate_descriptors)
             prefill_kernel[(plan.tiles, plan.head_units)](*arguments, **variant, **options)
+
+
+def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A bool mask as the bytes it is."""
+    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
 
 
 def _on_device(t: torch.Tensor) -> Any:

@@ -9,7 +9,7 @@ import triton.language as tl
 from headfold.kernels.parts.attend import attend
 from headfold.kernels.parts.fold import fold_rows
 from headfold.kernels.parts.kv import aligned, sequence_keys
-from headfold.kernels.parts.mask import has_bias
+from headfold.kernels.parts.mask import alive_blocks, has_bias
 from headfold.kernels.parts.spans import sequence_span, visible_keys
 from headfold.kernels.parts.tile import empty_state, load_queries, locate, store_result, tile_keys
 from headfold.kernels.specialize import INTEGERS
@@ -94,7 +94,6 @@ def decode_kernel(
     SEARCH: tl.constexpr,
     SOFTCAP: tl.constexpr,
     CHUNKED: tl.constexpr,
-    SKIP: tl.constexpr,
     MASK_ALIGN: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -195,6 +194,22 @@ def decode_kernel(
     split_high = tl.minimum(start + share, key_high)
     split_low = tl.minimum(tl.maximum(start, key_low), split_high)
     row_high = tl.minimum(row_high, split_high)
+    first_block = 0
+    last_block = tl.cdiv(split_high - split_low, BLOCK_N)
+    if Mask is not None:
+        first_block, last_block = alive_blocks(
+            Mask,
+            mask_rows,
+            mask_stride_k,
+            split_low,
+            last_block,
+            row_low,
+            row_high,
+            sk,
+            live,
+            BLOCK_N,
+            MASK_ALIGN,
+        )
     # Every block is masked: memory sets the pace here, and one loop keeps the program small.
     state = empty_state(BLOCK_M, DV0, DV1)
     state = attend(
@@ -205,8 +220,8 @@ def decode_kernel(
         None,
         None,
         table,
-        0,
-        tl.cdiv(split_high - split_low, BLOCK_N),
+        first_block,
+        last_block,
         split_low,
         split_high,
         row_low,
@@ -233,7 +248,6 @@ def decode_kernel(
         BLOCK_N,
         ALIGN,
         SOFTCAP,
-        SKIP,
         MASK_ALIGN,
         True,
         False,

@@ -9,7 +9,7 @@ import triton.language as tl
 from headfold.kernels.parts.attend import attend
 from headfold.kernels.parts.fold import fold_rows
 from headfold.kernels.parts.kv import aligned, sequence_keys
-from headfold.kernels.parts.mask import has_bias
+from headfold.kernels.parts.mask import alive_blocks, has_bias
 from headfold.kernels.parts.spans import sequence_span, visible_keys
 from headfold.kernels.parts.tile import empty_state, load_queries, locate, store_result, tile_keys
 from headfold.kernels.specialize import INTEGERS
@@ -94,7 +94,6 @@ def prefill_kernel(
     SEARCH: tl.constexpr,
     SOFTCAP: tl.constexpr,
     CHUNKED: tl.constexpr,
-    SKIP: tl.constexpr,
     MASK_ALIGN: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -192,6 +191,22 @@ def prefill_kernel(
     if Mask is not None or Tree is not None:
         left = blocks
         right = blocks
+    first_block = 0
+    last_block = left
+    if Mask is not None:
+        first_block, last_block = alive_blocks(
+            Mask,
+            mask_rows,
+            mask_stride_k,
+            key_low,
+            last_block,
+            row_low,
+            row_high,
+            sk,
+            live,
+            BLOCK_N,
+            MASK_ALIGN,
+        )
 
     k_desc = None
     v_desc = None
@@ -208,8 +223,8 @@ def prefill_kernel(
         k_desc,
         v_desc,
         table,
-        0,
-        left,
+        first_block,
+        last_block,
         key_low,
         key_high,
         row_low,
@@ -236,7 +251,6 @@ def prefill_kernel(
         BLOCK_N,
         ALIGN,
         SOFTCAP,
-        SKIP,
         MASK_ALIGN,
         True,
         TMA,
@@ -278,7 +292,6 @@ def prefill_kernel(
             BLOCK_N,
             ALIGN,
             SOFTCAP,
-            SKIP,
             MASK_ALIGN,
             False,
             TMA,
@@ -319,7 +332,6 @@ def prefill_kernel(
             BLOCK_N,
             ALIGN,
             SOFTCAP,
-            SKIP,
             MASK_ALIGN,
             True,
             TMA,

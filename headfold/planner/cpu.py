@@ -48,9 +48,10 @@ def _block_plan(p: Problem, kernel: Literal["decode", "prefill"]) -> Plan:
     forced = p.num_splits and not p.tokens_per_split
     extent = p.tokens_per_split or SPLIT_KEYS
     splits = p.num_splits if forced else -(-p.max_seqlen_k // extent)
-    together = max(1, min(p.batch, _copied_keys(p) // max(1, p.max_seqlen_k)))
-    if p.tokens_per_split:
-        together = 1  # how PyTorch's kernel cuts a call depends on all that is in it
+    # Matrix products over more than one sequence would copy K; and how PyTorch's kernel cuts a call depends on all
+    # that is in it, which with tokens_per_split must be one sequence.
+    alone = p.softcap or p.tokens_per_split
+    together = 1 if alone else max(1, min(p.batch, _copied_keys(p) // max(1, p.max_seqlen_k)))
     how = "of equal parts, as num_splits asks" if forced else f"of {extent} keys"
     return Plan(
         backend="cpu",

@@ -157,7 +157,6 @@ def _plan(
         aligned=p.aligned,
         softcap=p.softcap,
         chunked=p.attention_chunk > 0,
-        skip_blocks=p.tensor_mask,
         mask_align=p.mask_align,
         rotary=p.rotary,
         workspace=splits * p.total_q * p.num_heads * (row_width + 1) * 4 if splits > 1 else 0,

@@ -42,7 +42,6 @@ class Plan:
     aligned: bool = True
     softcap: bool = False
     chunked: bool = False
-    skip_blocks: bool = False
     mask_align: int = 0
     rotary: tuple[int, bool, int] = (0, False, 1)
     workspace: int = 0

@@ -2,7 +2,7 @@
 
     python -m tests.aot.compile_variants 90 [name ...] > report.json
 
-Every variant calls `headfold.backends.run`. Triton's JIT sees a driver that knows its target and nothing else, and
+Every variant calls `headfold.backends.run`, or the launcher of the append. Triton's JIT sees a driver that knows its target and nothing else, and
 a launch becomes a compilation: arguments, constants, what the JIT specialises on, warps and stages are the
 launcher's own. A process of its own, because TRITON_INTERPRET=1, which the test session sets, compiles nothing.
 """
@@ -25,9 +25,10 @@ import torch
 
 from headfold import backends
 from headfold.planner import DEVICES
-from tests.aot.variants import DEVICE_OF, DTYPES, Variant, variants
+from tests.aot.variants import BATCH, DEVICE_OF, DTYPES, Variant, variants
 
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "STL", "LDL")
+PRODUCTS = ("HGMMA", "HMMA", "UTCHMMA")
+INSTRUCTIONS = (*PRODUCTS, "LDGSTS", "UTMALDG", "MUFU", "FFMA", "FMUL", "LDG", "STG", "STL", "LDL")
 
 
 class TargetOnly:
@@ -49,9 +50,11 @@ class TargetOnly:
 
 
 def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
-    """(kernel name, compiled kernel, plan) of what one call launches."""
+    """(kernel name, compiled kernel, plan) of what one call launches; an append has no plan."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
+
+    from headfold.backends.append import run as run_append
 
     driver.set_active(TargetOnly(arch))
     launches: list[tuple[str, Any]] = []
@@ -68,6 +71,9 @@ def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
     JITFunction.__getitem__ = compile_only
     try:
         with backends.force(DEVICES[DEVICE_OF[arch]]):
+            if variant.form == "append":
+                run_append(variant.append_inputs(), torch.empty(BATCH, dtype=torch.int32))
+                return [(name, kernel, None) for name, kernel in launches]
             x = variant.inputs()
             _, plan = backends.plan_of(x)
             out = variant._tensor(x.out_shape[:-2], x.out_shape[-2], x.out_shape[-1], x.q.dtype)
@@ -95,12 +101,26 @@ def figures(kernel: Any, arch: int) -> dict[str, Any]:
     return {
         "registers": int(re.search(r"\bREG:(\d+)", dumped)[1]),  # type: ignore[index]
         "stack": int(re.search(r"\bSTACK:(\d+)", dumped)[1]),  # type: ignore[index]
+        "loop_spills": spills_in_loops(dumped),
         "smem": kernel.metadata.shared,
         **counts,
         "ldg128": len(re.findall(r"\bLDG\.[.A-Z0-9]*128\b", dumped)),
         "ldgsts128": len(re.findall(r"\bLDGSTS[.A-Z0-9]*\.128\b", dumped)),
         "warnings": warnings,
     }
+
+
+def spills_in_loops(dumped: str) -> int:
+    """Local loads and stores between the target of a backward branch and the branch."""
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", dumped, re.M)
+    code = [(int(address, 16), text) for address, text in lines]
+    loops = []
+    for address, text in code:
+        if (target := re.search(r"\bBRA\b.* (0x[0-9a-f]+)", text)) and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    spills = [address for address, text in code if re.search(r"\b(STL|LDL)\b", text)]
+    assert code
+    return sum(any(first <= address <= last for first, last in loops) for address in spills)
 
 
 def _ptxas(arch: int) -> str:
@@ -127,7 +147,7 @@ def report(task: tuple[Variant, int]) -> list[dict[str, Any]]:
             {
                 **base,
                 "kernel": name,
-                "plan": dataclasses.asdict(plan),
+                "plan": dataclasses.asdict(plan) if plan else None,
                 **figures(kernel, arch),
                 "seconds": round(time.perf_counter() - start, 2),
             }

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from headfold.planner import DEVICES
 from headfold.planner.tiles import padded
-from tests.aot.variants import ARCHS, DEVICE_OF, variants
+from tests.aot.variants import ARCHS, ATTENTION, DEVICE_OF, MASKS, variants
 
 Record = dict[str, Any]
 by_arch = pytest.mark.parametrize("arch", ARCHS, ids=lambda a: f"sm_{a}")
@@ -28,6 +28,11 @@ def report(arch: int, report_of: Callable[[int], list[Record]]) -> list[Record]:
 def offenders(records: Iterable[Record], is_bad: Callable[[Record], bool], *figures: str) -> dict[str, Any]:
     """name -> figures of the records that are bad; a test asserts that there are none, and so shows all."""
     return {r["name"]: {f: r[f] for f in figures} for r in records if is_bad(r)}
+
+
+def attention(report: Iterable[Record]) -> list[Record]:
+    """The records of the two kernels that have a plan."""
+    return [r for r in report if r["form"] in ATTENTION]
 
 
 def copies_of_a_block(r: Record) -> int:
@@ -52,9 +57,10 @@ def test_a_variant_runs_the_kernel_it_is_there_for(arch: int, report: list[Recor
         "decode64": "decode_kernel",
         "prefill": "prefill_kernel",
         "fixup": "fixup_kernel",
+        "append": "append_kernel",
     }
     assert offenders(report, lambda r: r["kernel"] != kernel[r["form"]], "kernel") == {}
-    searching = {r["form"] for r in report if r["plan"]["search_tiles"]}
+    searching = {r["form"] for r in attention(report) if r["plan"]["search_tiles"]}
     assert searching >= {"decode64", "prefill"}
 
 
@@ -62,9 +68,8 @@ def test_a_variant_runs_the_kernel_it_is_there_for(arch: int, report: list[Recor
 def test_shared_memory_fits_the_device_and_the_plan(arch: int, report: list[Record]) -> None:
     """The planner chooses tiles by its estimate: were it below what is allocated, a launch would fail."""
     device = DEVICES[DEVICE_OF[arch]]
-    main = [r for r in report if r["form"] != "fixup"]
     assert offenders(report, lambda r: r["smem"] > device.smem, "smem") == {}
-    assert offenders(main, lambda r: r["smem"] > r["plan"]["shared_memory"], "smem", "plan") == {}
+    assert offenders(attention(report), lambda r: r["smem"] > r["plan"]["shared_memory"], "smem", "plan") == {}
 
 
 # Bytes of stack a variant may use up to head dimension 128: none on Hopper, whose tiles were chosen by it. What
@@ -102,7 +107,7 @@ def test_wide_heads_spill_little(arch: int, report: list[Record]) -> None:
 @by_arch
 def test_half_precision_products_run_on_tensor_cores(arch: int, report: list[Record]) -> None:
     """On Hopper tiles of 64 rows and more as wgmma, half the rate is lost otherwise."""
-    half = [r for r in report if r["itemsize"] == 2 and r["form"] != "fixup"]
+    half = [r for r in attention(report) if r["itemsize"] == 2]
     assert offenders(half, lambda r: r["hmma"] + r["hgmma"] + r["utchmma"] == 0) == {}
     if arch == 90:
         assert offenders(half, lambda r: r["plan"]["block_m"] >= 64 and r["hgmma"] == 0, "hmma") == {}
@@ -111,7 +116,7 @@ def test_half_precision_products_run_on_tensor_cores(arch: int, report: list[Rec
 @by_arch
 def test_planned_tma_is_compiled_to_tma(arch: int, report: list[Record]) -> None:
     """A descriptor that the compiler lowers to plain loads gives the same results, later."""
-    main = [r for r in report if r["form"] != "fixup"]
+    main = attention(report)
     assert offenders(main, lambda r: r["plan"]["use_tma"] != (r["utmaldg"] > 0), "utmaldg") == {}
     # On sm_120 the tiles for it do not fit the 99 KB of shared memory.
     assert any(r["plan"]["use_tma"] for r in main) == (arch in (90, 100))
@@ -125,8 +130,11 @@ def test_loops_keep_their_pipelines_of_16_byte_copies(arch: int, report: list[Re
     and an alignment that the compiler no longer sees leaves none; neither is an error. In each loop (prefill has
     three) there are at least two blocks: the one that fills the pipeline and the one that is loaded ahead.
     """
-    loops = {"decode1": 1, "decode64": 1, "prefill": 3, "fixup": 0}
-    piped = [r for r in report if loops[r["form"]] and r["aligned"] and not r["plan"]["use_tma"]]
+    loops = {"decode1": 1, "decode64": 1, "prefill": 3}
+    # Masks are no part of this: see test_features.py.
+    piped = [
+        r for r in attention(report) if r["aligned"] and not r["plan"]["use_tma"] and r["feature"] not in (*MASKS, "tree")
+    ]
     assert {r["form"] for r in piped} == {"decode1", "decode64", "prefill"}
 
     def copies(r: Record) -> int:

@@ -1,15 +1,17 @@
 """Which calls to compile ahead of time: one Variant is one call of the library, as a user would make it.
 
 The planner and the launcher turn a call into a kernel, its constants, warps and stages; nothing of that is
-repeated here. Tensors are never read, so K and V are one row expanded to whatever length the plan should see.
+repeated here. Tensors are never read nor written, so they cost no memory.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from headfold.append import AppendInputs
 from headfold.problem import Inputs
 
 # Architectures in the order of their figures, and the device of the planner's table that stands for each.
@@ -17,32 +19,45 @@ DEVICE_OF = {80: "a100", 90: "h200", 100: "b200", 120: "rtx5090"}
 ARCHS = tuple(DEVICE_OF)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BATCH, KEYS = 4, 8192
 # Powers of two, cut in two (80, 96), unequal (192/128), and masked columns on both sides (40/72).
 ALL_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (40, 72))
+
+# What a call adds to plain attention, each compiled alone. Masks are for dense calls only.
+MASKS = ("mask-added", "mask-bool")
+FEATURES = ("softcap", "sink", "chunk", "alibi", *MASKS, "tree", "rows", "rotary-pairs", "rotary-halves")
+# Forms of the two attention kernels; the others have no plan of their own.
+ATTENTION = ("decode1", "decode64", "prefill")
 
 
 @dataclass(frozen=True)
 class Variant:
     """One call: `form` is what it does, `layout` where K and V lie, `aligned` whether rows start on 16 bytes."""
 
-    form: str  # "decode1": one query; "decode64": 64 folded rows; "prefill"; "fixup": the merge after a split
+    # "decode1": one query (four under a tree); "decode64": 64 folded rows; "prefill"; "fixup": the merge after a
+    # split; "append": new keys and values into a cache
+    form: str
     layout: str  # "dense", "ragged", "paged"
     dtype: str
     d: int
     dv: int
     aligned: bool = True
+    feature: str = ""
 
     @property
     def name(self) -> str:
         """Readable and unique: what a failing test prints."""
         dims = f"d{self.d}" if self.d == self.dv else f"d{self.d}/{self.dv}"
-        return f"{self.form}-{self.layout}-{self.dtype}-{dims}" + ("" if self.aligned else "-unaligned")
+        name = f"{self.form}-{self.layout}-{self.dtype}-{dims}" + ("" if self.aligned else "-unaligned")
+        return f"{name}-{self.feature}" if self.feature else name
 
     def inputs(self) -> Inputs:
         """The arguments of the call."""
         heads, kv_heads = (8, 1) if self.form == "decode64" else (16, 4)
         queries = {"decode1": 1, "decode64": 8, "prefill": 1024, "fixup": 1}[self.form]
-        keys, batch = 8192, 4
+        if self.form == "decode1" and self.feature == "tree":
+            queries = 4
+        keys, batch = KEYS, BATCH
         dtype = DTYPES[self.dtype]
         x: dict[str, object] = {}
         if self.layout == "ragged":
@@ -63,13 +78,54 @@ class Variant:
                 x["page_table"], x["seqused_k"] = _index(batch, keys // 16), _index(batch)
         x["k"] = self._tensor(shape, kv_heads, self.d, dtype)
         x["v"] = self._tensor(shape, kv_heads, self.dv, dtype)
+        x |= self._feature(heads, queries, dtype)
         return Inputs(**x, num_splits={"fixup": 4, "prefill": 1}.get(self.form, 0))  # type: ignore[arg-type]
 
+    def _feature(self, heads: int, queries: int, dtype: torch.dtype) -> dict[str, object]:
+        """The arguments that ask for the feature."""
+        name = self.feature
+        if name in MASKS:
+            mask = torch.empty(KEYS, dtype=dtype if name == "mask-added" else torch.bool)
+            return {"mask": mask.expand(BATCH, heads, queries, KEYS)}
+        if name.startswith("rotary"):
+            cos, sin = torch.empty(2, KEYS, self.d // 2, dtype=dtype)
+            return {
+                "rotary_cos": cos,
+                "rotary_sin": sin,
+                "rotary_positions": _index(BATCH),
+                "rotary_interleaved": name == "rotary-pairs",
+            }
+        return {
+            "": {},
+            "softcap": {"softcap": 30.0},
+            "sink": {"sink": torch.empty(heads, dtype=dtype)},
+            "chunk": {"attention_chunk": 2048},
+            "alibi": {"alibi_slopes": torch.empty(heads)},
+            "tree": {"tree_mask": torch.empty(queries, dtype=torch.bool).expand(BATCH, queries, queries)},
+            "rows": {"cache_batch_idx": _index(BATCH), "cache_leftpad": _index(BATCH)},
+        }[name]
+
+    def append_inputs(self) -> AppendInputs:
+        """The arguments of an append of one token a sequence; rotary as in a decode."""
+        dtype, paged = DTYPES[self.dtype], self.layout == "paged"
+        rows = (BATCH * KEYS // 16, 16) if paged else (BATCH, KEYS)
+        rotary = self._feature(4, 1, dtype)
+        rotary.pop("rotary_positions", None)  # those of the cache
+        return AppendInputs(
+            self._tensor(rows, 4, self.d, dtype),
+            self._tensor(rows, 4, self.dv, dtype),
+            self._tensor((BATCH, 1), 4, self.d, dtype),
+            self._tensor((BATCH, 1), 4, self.dv, dtype),
+            cache_seqlens=_index(BATCH),
+            page_table=_index(BATCH, KEYS // 16) if paged else None,
+            **rotary,  # type: ignore[arg-type]
+        )
+
     def _tensor(self, rows: tuple[int, ...], heads: int, d: int, dtype: torch.dtype) -> torch.Tensor:
-        """(*rows, heads, d) without the memory; unaligned: rows of odd length from an odd address on."""
+        """(*rows, heads, d), allocated but never touched; unaligned: rows of odd length from an odd address on."""
         extra = 0 if self.aligned else 1
-        row = torch.empty(heads * (d + extra) + extra, dtype=dtype)[extra:].view(heads, d + extra)[:, :d]
-        return row.expand(*rows, heads, d)
+        shape = (*rows, heads, d + extra)
+        return torch.empty(math.prod(shape) + extra, dtype=dtype)[extra:].view(shape)[..., :d]
 
 
 def _index(*shape: int) -> torch.Tensor:
@@ -111,7 +167,18 @@ def _hopper() -> list[Variant]:
     half = [Variant(form, "dense", "fp16", 128, 128) for form in ("decode1", "prefill")]
     fixup = [Variant("fixup", layout, "bf16", 128, 128) for layout in layouts]
     fixup += [Variant("fixup", "ragged", "fp32", 40, 72), Variant("fixup", "dense", "bf16", 256, 256)]
-    return full + unaligned + single + half + fixup
+    featured = [
+        Variant(form, layout, "bf16", 128, 128, feature=feature)
+        for feature in FEATURES
+        for form in ("decode1", "prefill")
+        for layout in ("dense", "paged")
+        if layout == "dense" or feature not in MASKS
+    ]
+    append = [
+        Variant("append", layout, "bf16", 128, 128, feature=feature)
+        for layout, feature in (("dense", ""), ("paged", ""), ("dense", "rotary-pairs"), ("paged", "rotary-halves"))
+    ]
+    return full + unaligned + single + half + fixup + featured + append
 
 
 def _cross_section() -> list[Variant]:

@@ -133,7 +133,6 @@ def attend(
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    SKIP: tl.constexpr,
     MASK_ALIGN: tl.constexpr,
     MASKED: tl.constexpr,
     TMA: tl.constexpr,
@@ -156,7 +155,6 @@ def attend(
             bias = linear_bias(slope, row_position, j)
         if Tree is not None:
             visible = tree_visible(visible, Tree, tree_rows, j, lengths[1] - lengths[0], lengths[0], live)
-        alive = True
         if Mask is not None:
             visible, mask_bias = tensor_mask(
                 visible, Mask, mask_rows, mask_stride_k, j, lengths[1], live, MASK_ALIGN
@@ -165,36 +163,32 @@ def attend(
                 bias = bias + mask_bias
             elif Mask.dtype.element_ty.is_floating():
                 bias = mask_bias
-            if SKIP:
-                # A block that the mask kills for every row of the tile costs its mask, not its keys.
-                alive = tl.max(tl.max(visible.to(tl.int32), 1), 0) > 0
-        if alive:
-            state = attend_block(
-                state,
-                queries,
-                K,
-                V,
-                k_desc,
-                v_desc,
-                table,
-                first,
-                key_high,
-                j,
-                visible,
-                bias,
-                k_strides,
-                v_strides,
-                page,
-                scales,
-                HEAD_DIM,
-                HEAD_DIM_V,
-                D0,
-                D1,
-                DV0,
-                DV1,
-                ALIGN,
-                SOFTCAP,
-                MASKED,
-                TMA,
-            )
+        state = attend_block(
+            state,
+            queries,
+            K,
+            V,
+            k_desc,
+            v_desc,
+            table,
+            first,
+            key_high,
+            j,
+            visible,
+            bias,
+            k_strides,
+            v_strides,
+            page,
+            scales,
+            HEAD_DIM,
+            HEAD_DIM_V,
+            D0,
+            D1,
+            DV0,
+            DV1,
+            ALIGN,
+            SOFTCAP,
+            MASKED,
+            TMA,
+        )
     return state
