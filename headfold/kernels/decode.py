@@ -9,7 +9,7 @@ import triton.language as tl
 from headfold.kernels.parts.attend import attend
 from headfold.kernels.parts.fold import fold_rows
 from headfold.kernels.parts.kv import aligned, sequence_keys
-from headfold.kernels.parts.mask import alive_blocks, has_bias
+from headfold.kernels.parts.mask import alive_blocks, has_bias, is_bool
 from headfold.kernels.parts.spans import sequence_span, visible_keys
 from headfold.kernels.parts.tile import empty_state, load_queries, locate, store_result, tile_keys
 from headfold.kernels.specialize import INTEGERS
@@ -196,7 +196,7 @@ def decode_kernel(
     row_high = tl.minimum(row_high, split_high)
     first_block = 0
     last_block = tl.cdiv(split_high - split_low, BLOCK_N)
-    if Mask is not None:
+    if is_bool(Mask):
         first_block, last_block = alive_blocks(
             Mask,
             mask_rows,
