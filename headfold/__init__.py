@@ -19,10 +19,13 @@ if TYPE_CHECKING:
         get_scheduler_metadata,
     )
     from headfold.kv_cache import PagedKVCache
+    from headfold.kv_pages import OutOfPages, OutOfSequences
     from headfold.sdpa import scaled_dot_product_attention
     from headfold.states import merge_states
 
 __all__ = [
+    "OutOfPages",
+    "OutOfSequences",
     "PagedKVCache",
     "flash_attn_combine",
     "flash_attn_func",
@@ -34,6 +37,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "OutOfPages": "headfold.kv_pages",
+    "OutOfSequences": "headfold.kv_pages",
     "PagedKVCache": "headfold.kv_cache",
     "merge_states": "headfold.states",
     "scaled_dot_product_attention": "headfold.sdpa",

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from headfold import flash_attn_func, flash_attn_with_kvcache
-from headfold.kv_cache import OutOfPages, OutOfSequences, PagedKVCache
+from headfold.kv_cache import PagedKVCache
+from headfold.kv_pages import OutOfPages, OutOfSequences
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
 from tests.conftest import Target
