@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 
+from headfold.append import rotate
 from headfold.backends.cpu_states import NEG_INF
 from headfold.planner.plan import Plan
 from headfold.problem import Inputs
@@ -42,7 +43,7 @@ def sequences(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> It
         step = plan.num_stages if plan.num_splits == 1 else 1
         for i in range(0, x.batch, step):
             run_of = slice(i, i + step)
-            q = rotated(x, x.q[run_of], run_of)
+            q = _rotated(x, x.q[run_of], run_of)
             keys = _keys_between(x.k[run_of], x.v[run_of])
             yield Sequences(run_of, q, out[run_of], lse[run_of], x.k.shape[1], keys)
         return
@@ -63,27 +64,16 @@ def sequences(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> It
         one = slice(i, i + 1)
         keys = _keys_of(x, places[i], k_starts[i], pads[i], k_ends[i])
         length = max(0, k_ends[i] - pads[i])
-        yield Sequences(one, rotated(x, q.unsqueeze(0), one), o.unsqueeze(0), s.unsqueeze(0), length, keys)
+        yield Sequences(one, _rotated(x, q.unsqueeze(0), one), o.unsqueeze(0), s.unsqueeze(0), length, keys)
 
 
-def rotated(x: Inputs, q: torch.Tensor, batch: slice) -> torch.Tensor:
-    """q (n, sq, h, d) of those sequences under rotary position embedding; q itself where none was given.
-
-    At float32, rounded once to q's dtype.
-    """
+def _rotated(x: Inputs, q: torch.Tensor, batch: slice) -> torch.Tensor:
+    """q (n, sq, h, d) of those sequences under rotary position embedding; q itself where none was given."""
     if x.rotary_cos is None or x.rotary_sin is None or x.rotary_positions is None:
         return q
-    half = x.rotary_cos.shape[1]
     steps = torch.arange(q.shape[1]) * int(x.rotary_advances)
-    positions = x.rotary_positions[batch].long().unsqueeze(1) + steps
-    cos, sin = (t[positions].float().unsqueeze(2) for t in (x.rotary_cos, x.rotary_sin))
-    first = slice(0, 2 * half, 2) if x.rotary_interleaved else slice(0, half)
-    second = slice(1, 2 * half, 2) if x.rotary_interleaved else slice(half, 2 * half)
-    a, b = q[..., first].float(), q[..., second].float()
-    turned = q.clone(memory_format=torch.contiguous_format)
-    turned[..., first] = a * cos - b * sin
-    turned[..., second] = a * sin + b * cos
-    return turned
+    positions = x.rotary_positions[batch].unsqueeze(1) + steps
+    return rotate(q, x.rotary_cos, x.rotary_sin, positions, x.rotary_interleaved)
 
 
 def _dense_keys(x: Inputs) -> bool:

@@ -99,7 +99,7 @@ def bench(
     if picture is not None:
         _usage(lambda: _check_picture(picture))
     if from_file is not None:
-        result = _usage(lambda: Result.load(from_file))
+        result = _usage(lambda: Result.load(from_file).only(case or ()))
         report.show(result, out)
         _draw(result, picture, out)
         return

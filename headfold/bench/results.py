@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,19 @@ class Result:
     def of_case(self, case: str) -> list[Row]:
         """The rows of a case."""
         return [r for r in self.rows if r.case == case]
+
+    def only(self, globs: Sequence[str]) -> Result:
+        """This result with the cases alone whose names match any of the globs; all of them where there is none.
+
+        Raises:
+            ValueError: a glob that matches no case.
+        """
+        for glob in globs:
+            if not fnmatch.filter([r.case for r in self.rows], glob):
+                raise ValueError(f"--case is {glob!r}, which matches no case of this result")
+        rows = [r for r in self.rows if not globs or any(fnmatch.fnmatch(r.case, g) for g in globs)]
+        kept = {r.case for r in rows}
+        return replace(self, rows=rows, cases={n: c for n, c in self.cases.items() if n in kept})
 
     def own(self, case: str) -> Row | None:
         """headfold's row of a case, if it has a time."""

@@ -188,10 +188,10 @@ def test_bits_of_a_sequence_do_not_depend_on_its_batch(data: st.DataObject) -> N
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_bits_of_equal_sequences_do_not_depend_on_their_number(threads: int) -> None:
-    """Dense sequences without lengths could go into one call, whose cuts depend on all of them."""
+    """Dense sequences without lengths could go into one call, but two threads cut a call by all that is in it."""
     torch.set_num_threads(threads)
-    for sq in (1, 64):
-        x = make([sq] * 9, [300] * 9, heads=8, d=64, dtype=torch.bfloat16, slack=0)
+    for sq, heads, kv_heads, dtype in ((1, 1, 1, torch.float32), (64, 8, 2, torch.bfloat16)):
+        x = make([sq] * 9, [128] * 9, heads=heads, kv_heads=kv_heads, d=64, dtype=dtype, slack=0)
         x.tokens_per_split = 128
         out, lse = attend(x)
         for i in (0, 4):

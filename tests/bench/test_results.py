@@ -151,3 +151,13 @@ def test_picture_needs_a_time_and_a_known_format(result: Result, tmp_path: Path)
     result.rows = []
     with pytest.raises(ValueError, match="no time of headfold's"):
         draw(result, tmp_path / "p.svg")
+
+
+def test_a_glob_keeps_its_cases_alone(result: Result) -> None:
+    """`--from` with `--case` shows and draws a part; a glob that matches nothing is a mistake."""
+    name = result.rows[0].case
+    part = result.only([name])
+    assert {r.case for r in part.rows} == {name}
+    assert result.only([]).rows == result.rows
+    with pytest.raises(ValueError, match="matches no case"):
+        result.only(["no-such-case*"])
