@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import headfold
 from headfold import ops
+from headfold.append import append
 from headfold.problem import Inputs
 from tests.cases import make, poisoned
 
@@ -34,10 +35,10 @@ def odd_strides(t: torch.Tensor) -> torch.Tensor:
     return wide[..., 1:-2]
 
 
-def inputs_of(q_layout: str, kv_layout: str) -> Inputs:
+def inputs_of(q_layout: str, kv_layout: str, features: bool = False) -> Inputs:
     """Ragged lengths, every key finite: opcheck compares results, NaN included."""
     x = make([2, 3], [5, 7], heads=6, dv=8, q_layout=q_layout, kv_layout=kv_layout, page_size=4, causal=True)
-    return dataclasses.replace(
+    x = dataclasses.replace(
         x,
         q=odd_strides(x.q.nan_to_num()),
         k=odd_strides(x.k.nan_to_num()),
@@ -46,6 +47,38 @@ def inputs_of(q_layout: str, kv_layout: str) -> Inputs:
         num_splits=2,
         softmax_scale=0.5,
     )
+    return with_features(x) if features else x
+
+
+def with_features(x: Inputs) -> Inputs:
+    """Everything that a dense or paged call may have besides; a tensor mask where that is allowed too."""
+    g = torch.Generator().manual_seed(3)
+    h = x.q.shape[-2]
+    ragged = x.cu_seqlens_k is not None
+    mask = None
+    if x.q.dim() == 4 and x.page_table is None and not ragged:
+        mask = torch.randn(x.batch, h, x.q.shape[1], x.k.shape[1], generator=g)
+    return dataclasses.replace(
+        x,
+        softcap=2.0,
+        attention_chunk=5,
+        tokens_per_split=4,
+        sink=torch.randn(h, generator=g).to(x.q.dtype),
+        alibi_slopes=torch.rand(x.batch, h, generator=g),
+        mask=mask,
+        tree_mask=torch.ones(x.batch, 8, 8, dtype=torch.bool).tril(),
+        cache_batch_idx=None if ragged else lengths(1, 0),
+        cache_leftpad=None if ragged else lengths(1, 2),
+        rotary_cos=odd_strides(torch.rand(20, 3, generator=g)),
+        rotary_sin=odd_strides(torch.rand(20, 3, generator=g)),
+        rotary_positions=lengths(4, 9),
+        rotary_interleaved=False,
+    )
+
+
+# Every layout as it is, and each layout of the keys with all that it may have besides.
+FEATURED_LAYOUTS = [("dense", "dense"), ("dense", "paged"), ("ragged", "ragged")]
+CASES = [(q, k, False) for q, k in LAYOUTS] + [(q, k, True) for q, k in FEATURED_LAYOUTS]
 
 
 def results_like(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,14 +112,14 @@ def test_schema_defaults_are_those_of_inputs() -> None:
         assert argument.default_value == defaults[argument.name], argument.name
 
 
-@pytest.mark.parametrize(("q_layout", "kv_layout"), LAYOUTS)
-def test_opcheck_attention(q_layout: str, kv_layout: str) -> None:
-    torch.library.opcheck(ops.attention, (), as_kwargs(inputs_of(q_layout, kv_layout)))
+@pytest.mark.parametrize(("q_layout", "kv_layout", "features"), CASES)
+def test_opcheck_attention(q_layout: str, kv_layout: str, features: bool) -> None:
+    torch.library.opcheck(ops.attention, (), as_kwargs(inputs_of(q_layout, kv_layout, features)))
 
 
-@pytest.mark.parametrize(("q_layout", "kv_layout"), LAYOUTS)
-def test_opcheck_attention_out(q_layout: str, kv_layout: str) -> None:
-    x = inputs_of(q_layout, kv_layout)
+@pytest.mark.parametrize(("q_layout", "kv_layout", "features"), CASES)
+def test_opcheck_attention_out(q_layout: str, kv_layout: str, features: bool) -> None:
+    x = inputs_of(q_layout, kv_layout, features)
     out, lse = results_like(x)
     torch.library.opcheck(ops.attention_out, (), {**as_kwargs(x), "out": out, "lse": lse})
 
@@ -122,12 +155,32 @@ def to_meta(t: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
-@pytest.mark.parametrize(("q_layout", "kv_layout"), LAYOUTS)
+def test_every_field_has_a_value_in_opcheck() -> None:
+    """Over the layouts no argument of the operator stays at its default, but for those that change no tensor."""
+    defaults = {p.name: p.default for p in inspect.signature(Inputs).parameters.values()}
+    given = {
+        name
+        for case in CASES
+        for name, v in as_kwargs(inputs_of(*case)).items()
+        if isinstance(v, torch.Tensor) or v != defaults[name]
+    }
+    assert set(FIELDS) - given == {
+        "seqused_q",
+        "bottom_right",
+        "pack_gqa",
+        "sm_margin",
+        "rotary_advances",
+        "window_left",
+        "caller",
+    }
+
+
+@pytest.mark.parametrize(("q_layout", "kv_layout", "features"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_fake_and_meta_results_are_those_of_a_real_call(
-    q_layout: str, kv_layout: str, dtype: torch.dtype
+    q_layout: str, kv_layout: str, dtype: torch.dtype, features: bool
 ) -> None:
-    x = inputs_of(q_layout, kv_layout)
+    x = inputs_of(q_layout, kv_layout, features)
     x = dataclasses.replace(x, q=x.q.to(dtype), k=x.k.to(dtype), v=x.v.to(dtype))
     real = facts(ops.attention(**as_kwargs(x)))
     assert [fact[:2] for fact in real] == [(x.out_shape, dtype), (x.lse_shape, torch.float32)]
@@ -148,7 +201,7 @@ def test_fake_and_meta_merges_are_those_of_a_real_call(ragged: bool, out_dtype: 
 
 def test_fakes_read_no_values_under_value_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADFOLD_CHECK", "1")
-    x = make([2, 3], [5, 7], q_layout="ragged", kv_layout="paged")
+    x = with_features(make([2, 3], [5, 7], q_layout="ragged", kv_layout="paged"))
     out, lse = poisoned(x)
     ops.attention(**moved(x, to_meta))
     ops.attention_out(**moved(x, to_meta), out=to_meta(out), lse=to_meta(lse))
@@ -173,6 +226,18 @@ BAD_CALLS: list[tuple[str, Callable[[Inputs], dict[str, Any]]]] = [
     ("margin", lambda x: {"sm_margin": -1}),
     ("scale", lambda x: {"softmax_scale": float("nan")}),
     ("gradient", lambda x: {"q": x.q.clone().requires_grad_()}),
+    ("cap", lambda x: {"softcap": -1.0}),
+    ("chunk", lambda x: {"attention_chunk": -1}),
+    ("split", lambda x: {"tokens_per_split": -1}),
+    ("sink", lambda x: {"sink": torch.ones(3)}),
+    ("gradient of the sink", lambda x: {"sink": torch.ones(4, requires_grad=True)}),
+    ("slopes", lambda x: {"alibi_slopes": torch.ones(4).half()}),
+    ("mask", lambda x: {"mask": torch.ones(3, 5)}),
+    ("tree", lambda x: {"tree_mask": torch.ones(2, 3, 2, dtype=torch.bool)}),
+    ("rows", lambda x: {"cache_batch_idx": lengths(1)}),
+    ("padding", lambda x: {"cache_leftpad": torch.tensor([1, 2])}),
+    ("half of the angles", lambda x: {"rotary_cos": torch.ones(9, 4)}),
+    ("no positions", lambda x: {"rotary_cos": torch.ones(9, 4), "rotary_sin": torch.ones(9, 4)}),
 ]
 
 
@@ -284,7 +349,121 @@ def ragged(b: int, sq: int, sk: int) -> tuple[Any, ...]:
     return *tensors, offsets(q_lens), offsets(k_lens), sq, sk + 20
 
 
+def decoding_step(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    n: int | torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append, rotate, attend."""
+    return headfold.flash_attn_with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        rotary_cos=cos,
+        rotary_sin=sin,
+        cache_seqlens=n,
+        causal=True,
+        return_softmax_lse=True,
+        **options,
+    )
+
+
+def step(b: int, sq: int, sk: int) -> tuple[torch.Tensor, ...]:
+    """sq new tokens for a cache with sk before them and some room."""
+    q, k_cache, v_cache = dense(b, sq, sk + sq + 1)
+    cos, sin = rand(sk + sq + 2, 3), rand(sk + sq + 2, 3)
+    return q, k_cache, v_cache, rand(b, sq, 2, 8), rand(b, sq, 2, 8), cos, sin, used(b, sk)
+
+
+def paged_step(b: int, sq: int, sk: int) -> tuple[torch.Tensor, ...]:
+    """The same over pages of three keys, of which no two sequences share one."""
+    q, _, _, k, v, cos, sin, n = step(b, sq, sk)
+    per = (sk + sq) // 3 + 1
+    pages = torch.randperm(b * per, dtype=torch.int32).view(b, per)
+    return q, rand(b * per, 3, 2, 8), rand(b * per, 3, 2, 8), k, v, cos, sin, n, pages
+
+
+PLANNED = headfold.get_scheduler_metadata(
+    9, 16, 64, 4, 2, 8, torch.zeros(9, dtype=torch.int32), torch.float32
+)
+SLOPES = torch.rand(4)
+
 COMPILED: dict[str, Case] = {
+    "decoding step": (decoding_step, step),
+    "decoding step, one length, scheduled": (
+        lambda *a: decoding_step(*a, scheduler_metadata=PLANNED, rotary_interleaved=False),
+        lambda b, sq, sk: (*step(b, sq, sk)[:-1], sk - 2),
+    ),
+    "decoding step, paged": (
+        lambda q, kc, vc, k, v, cos, sin, n, t: decoding_step(q, kc, vc, k, v, cos, sin, n, page_table=t),
+        paged_step,
+    ),
+    "decoding step, ragged": (
+        lambda q, kc, vc, k, v, cos, sin, n, cu: decoding_step(
+            q, kc, vc, k.flatten(0, 1), v.flatten(0, 1), cos, sin, n, cu_seqlens_k_new=cu
+        ),
+        lambda b, sq, sk: (
+            *step(b, sq, sk),
+            torch.cat([torch.zeros(1), torch.randint(0, sq, (b,)).cumsum(0)]).int(),
+        ),
+    ),
+    "decoding step with everything": (
+        lambda q, kc, vc, k, v, cos, sin, n, rows, pads, tree: headfold.flash_attn_with_kvcache(
+            q,
+            kc,
+            vc,
+            k,
+            v,
+            rotary_cos=cos,
+            rotary_sin=sin,
+            cache_seqlens=n,
+            cache_batch_idx=rows,
+            cache_leftpad=pads,
+            tree_mask=tree,
+            softcap=3.0,
+            tokens_per_split=16,
+            learnable_sink=SLOPES,
+            alibi_slopes=SLOPES,
+        ),
+        lambda b, sq, sk: (
+            *step(b, sq, sk)[:-1],
+            torch.full((b,), sk, dtype=torch.int32),
+            torch.randperm(b, dtype=torch.int32),
+            used(b, sk),
+            torch.rand(b, sq, sq) < 0.5,
+        ),
+    ),
+    "decoding step with a packed tree": (
+        lambda q, kc, vc, n, tree: headfold.flash_attn_with_kvcache(
+            q, kc, vc, cache_seqlens=n, tree_mask=tree
+        ),
+        lambda b, sq, sk: (
+            *dense(b, sq, sk),
+            used(b, sk),
+            torch.randint(0, 256, (b, sq + 8, -(-sq // 8) + 1), dtype=torch.uint8),
+        ),
+    ),
+    "func with features": (
+        lambda q, k, v: headfold.flash_attn_func(
+            q, k, v, causal=True, softcap=3.0, attention_chunk=4, learnable_sink=SLOPES, alibi_slopes=SLOPES
+        ),
+        dense,
+    ),
+    "sdpa with a mask": (
+        lambda q, k, v, mask: headfold.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True),
+        lambda b, sq, sk: (
+            *(t.transpose(1, 2) for t in dense(b, sq, sk)),
+            torch.rand(b, 1, sq, sk) < 0.7,
+        ),
+    ),
     "func": (lambda q, k, v: headfold.flash_attn_func(q, k, v, causal=True, return_lse=True), dense),
     "func out=": (
         lambda q, k, v, out: headfold.flash_attn_func(q, k, v, out=out, return_lse=True),
@@ -344,6 +523,56 @@ def test_compiles_once_for_changing_lengths(
             twin = [a.clone() if isinstance(a, torch.Tensor) and a.is_contiguous() else a for a in args]
             got, expected = compiled(*args), function(*twin)
             torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(args, tuple(twin), rtol=0, atol=0)  # what an append wrote
+    torch._dynamo.reset()
+
+
+class Exported(torch.nn.Module):
+    def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(args) == 9:
+            return decoding_step(*args[:8], page_table=args[8])
+        return decoding_step(*args)
+
+
+@pytest.mark.parametrize("arguments", [step, paged_step], ids=["dense", "paged"])
+def test_an_exported_decoding_step_mutates_the_caches_alone(
+    arguments: Callable[[int, int, int], tuple[torch.Tensor, ...]],
+) -> None:
+    torch.manual_seed(0)
+    auto = torch.export.Dim.AUTO
+    args = arguments(3, 5, 17)
+    dynamic = tuple({0: auto} if t.dim() < 4 else {0: auto, 1: auto} for t in args)
+    if arguments is paged_step:  # pages keep their size
+        dynamic = tuple({0: auto} if i in (1, 2) else d for i, d in enumerate(dynamic))
+        dynamic = (*dynamic[:8], {0: auto, 1: auto})
+    program = torch.export.export(Exported(), args, dynamic_shapes=(dynamic,), strict=False)
+    called = [n.target for n in program.graph.nodes if n.op == "call_function"]
+    assert [t for t in called if "headfold" in str(t)] == [append, ops.attention]
+    functional = program.run_decompositions({})
+    mutated = functional.graph_signature.user_inputs_to_mutate
+    inputs = functional.graph_signature.user_inputs
+    assert sorted(mutated.values()) == sorted(inputs[1:3])
+    for sizes in ((3, 5, 17), (6, 2, 31)):
+        real = arguments(*sizes)
+        exported, twin = ([t.clone() for t in real] for _ in range(2))
+        got, expected = (
+            functional.module()(*exported),
+            decoding_step(*twin[:8], page_table=twin[8] if len(twin) == 9 else None),
+        )
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        torch.testing.assert_close(exported, twin, rtol=0, atol=0)
+        assert not torch.equal(twin[1], real[1])
+
+
+def test_a_bad_append_is_named_under_compile() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(decoding_step, fullgraph=True, dynamic=True, backend="aot_eager")
+    args = list(step(3, 5, 17))
+    args[3] = args[3][:2]
+    with pytest.raises(
+        Exception, match=r"flash_attn_with_kvcache: k has batch .*; it must have the queries' batch"
+    ):
+        compiled(*args)
     torch._dynamo.reset()
 
 

@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
 
 from headfold import backends, scaled_dot_product_attention
 from headfold.problem import Inputs
+from headfold.sdpa import MaskError
 from tests.conftest import CPU, Target
 
 NAN = float("nan")
@@ -34,8 +36,12 @@ def torchs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) ->
 def assert_like_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> None:
     """Torch's shape, and no more than twice the error of torch's math in the same precision."""
     got = scaled_dot_product_attention(q, k, v, **options)
-    ref = torchs(q.double(), k.double(), v.double(), **options)
-    plain = torchs(q, k, v, **options)
+    mask = options.pop("attn_mask", None)
+    if isinstance(mask, CausalBias):
+        mask = mask._materialize(q.device)
+    wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    ref = torchs(q.double(), k.double(), v.double(), attn_mask=wide, **options)
+    plain = torchs(q, k, v, attn_mask=mask, **options)
     assert (got.shape, got.dtype, got.device) == (plain.shape, plain.dtype, plain.device)
     if got.numel() == 0:
         return
@@ -173,6 +179,153 @@ def test_any_shapes_that_torch_takes(data: st.DataObject) -> None:
         assert_like_torch(q, k, v, is_causal=draw(st.booleans()), enable_gqa=enable_gqa)
 
 
+# ---- masks ------------------------------------------------------------------------------------------------
+
+
+def keep(*shape: int, p: float = 0.6) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(7)) < p
+
+
+def added(*shape: int) -> torch.Tensor:
+    """A bias with some keys masked by -inf."""
+    return rand(*shape, seed=8).masked_fill(~keep(*shape, p=0.8), float("-inf"))
+
+
+MASKS: dict[str, torch.Tensor] = {
+    "bool": keep(2, 4, 3, 7),
+    "bool for all": keep(3, 7),
+    "bool per batch": keep(2, 1, 3, 7),
+    "bool per head": keep(4, 3, 7),
+    "bool per head alone": keep(1, 4, 3, 7),
+    "bool padding": keep(2, 1, 1, 7),
+    "bool per query": keep(2, 4, 3, 1),
+    "bool expanded": keep(3, 1, 7)[:1].expand(2, 4, 3, 7),
+    "bool heads last": keep(2, 3, 7, 4).movedim(-1, 1),
+    "bool keys first": keep(2, 4, 7, 3).transpose(2, 3),
+    "bool, no row": keep(2, 4, 3, 7) & torch.tensor([True, False, True]).view(3, 1),
+    "bool, nothing": torch.zeros(3, 7, dtype=torch.bool),
+    "added": added(2, 4, 3, 7),
+    "added for all": added(3, 7),
+    "added per batch": added(2, 1, 3, 7),
+    "added per head": added(4, 3, 7),
+    "added to keys": added(7),
+    "added in half precision": rand(2, 4, 3, 7).half(),
+    "added, expanded": rand(2, 4, 1, 1).expand(2, 4, 3, 7),
+    "added, every other": rand(2, 4, 3, 14)[..., ::2],
+    "added, off by one": rand(2, 4, 3, 8)[..., 1:],
+    "added, a row of -inf": rand(3, 7).index_fill(0, torch.tensor([1]), float("-inf")),
+    "added, all -inf": torch.full((3, 7), float("-inf")),
+    "added, the lowest number": keep(2, 1, 3, 7).float().sub(1).mul(torch.finfo(torch.float32).max),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_attn_mask(target: Target, mask: torch.Tensor) -> None:
+    q, k, v = (t.to(target.device) for t in (rand(2, 4, 3, 16), rand(2, 2, 7, 16), rand(2, 2, 7, 8)))
+    place = target.device
+    mask = mask if mask.device.type == place else mask.to(place)
+    if mask.dtype == torch.half:
+        q, k, v = q.half(), k.half(), v.half()
+    assert_like_torch(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    ("lead", "mask_shape"),
+    [
+        ((), (3, 7)),
+        ((4,), (3, 7)),
+        ((4,), (4, 1, 7)),
+        ((2, 3, 2), (2, 3, 2, 3, 7)),
+        ((2, 3, 2), (2, 1, 1, 3, 7)),
+        ((2, 3, 2), (3, 1, 3, 7)),
+        ((2, 1, 3, 2), (2, 1, 3, 1, 1, 7)),
+    ],
+    ids=str,
+)
+def test_attn_mask_for_inputs_of_two_to_six_dimensions(
+    target: Target, lead: tuple[int, ...], mask_shape: tuple[int, ...]
+) -> None:
+    q, k, v = (rand(*lead, n, 16, seed=n).to(target.device) for n in (3, 7, 7))
+    for mask in (keep(*mask_shape), added(*mask_shape)):
+        assert_like_torch(q, k, v, attn_mask=mask.to(target.device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attn_mask_in_half_precision(target: Target, dtype: torch.dtype) -> None:
+    if dtype not in target.dtypes:
+        pytest.skip(f"{target.name} does not compute {dtype} right")
+    q, k, v = (rand(1, 2, n, 16, dtype=dtype, seed=n).to(target.device) for n in (3, 7, 7))
+    for mask in (keep(3, 7), added(3, 7).to(dtype)):
+        assert_like_torch(q, k, v, attn_mask=mask.to(target.device))
+
+
+def test_a_float32_mask_may_be_added_to_half_precision(target: Target) -> None:
+    q, k, v = (rand(1, 2, n, 16, dtype=torch.float16, seed=n).to(target.device) for n in (3, 7, 7))
+    mask = added(3, 7).to(target.device)
+    got = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    ref = torchs(q.float(), k.float(), v.float(), attn_mask=mask)
+    torch.testing.assert_close(got.float(), ref, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0, -0.7])
+def test_attn_mask_with_a_scale(target: Target, scale: float) -> None:
+    q, k, v = (rand(1, 2, n, 16, seed=n).to(target.device) for n in (3, 7, 7))
+    for mask in (keep(3, 7), added(3, 7)):
+        assert_like_torch(q, k, v, attn_mask=mask.to(target.device), scale=scale)
+
+
+@pytest.mark.parametrize(("sq", "sk"), [(1, 7), (3, 7), (7, 3), (4, 4)])
+@pytest.mark.parametrize("bias", [causal_lower_right, causal_upper_left])
+def test_causal_biases(target: Target, bias: Callable[[int, int], torch.Tensor], sq: int, sk: int) -> None:
+    q, k, v = (t.to(target.device) for t in (rand(1, 4, sq, 16), rand(1, 2, sk, 16), rand(1, 2, sk, 8)))
+    assert_like_torch(q, k, v, attn_mask=bias(sq, sk), enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [((2, 2, 0, 8), (2, 2, 5, 8)), ((2, 2, 3, 8), (2, 2, 0, 8)), ((0, 2, 3, 8), (0, 2, 5, 8))],
+    ids=["queries", "keys", "batch"],
+)
+def test_attn_mask_over_nothing(target: Target, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    q, k = (rand(*shape).to(target.device) for shape in shapes)
+    mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=target.device)
+    assert_like_torch(q, k, k, attn_mask=mask)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_last_dimension_of_any_stride(target: Target, which: int) -> None:
+    tensors = [rand(2, 4, n, 16, seed=n).to(target.device) for n in (3, 7, 7)]
+    for view in (
+        lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+        lambda t: t.repeat_interleave(2, -1)[..., ::2],
+        lambda t: t[..., :1].expand_as(t),
+    ):
+        changed = list(tensors)
+        changed[which] = view(tensors[which])
+        assert_like_torch(*changed)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_mask_that_torch_takes(data: st.DataObject) -> None:
+    draw = data.draw
+    b, h, sq, sk = (
+        draw(st.integers(1, 3)),
+        2 * draw(st.integers(1, 2)),
+        *(draw(st.integers(1, 9)) for _ in "qk"),
+    )
+    shape = [draw(st.sampled_from([n, 1])) for n in (b, h, sq, sk)][draw(st.integers(0, 2)) :]
+    g = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    mask = torch.rand(shape, generator=g) < draw(st.sampled_from([0.1, 0.5, 0.9]))
+    if draw(st.booleans()):
+        mask = torch.randn(shape, generator=g).masked_fill(~mask, float("-inf"))
+    if draw(st.booleans()):
+        mask = mask.expand(b, h, sq, sk)
+    q, k, v = rand(b, h, sq, 8), rand(b, 2, sk, 8, seed=1), rand(b, 2, sk, 4, seed=2)
+    with CPU.running():
+        assert_like_torch(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
 # ---- errors -----------------------------------------------------------------------------------------------
 
 
@@ -202,20 +355,17 @@ def wrong(message: str, kind: type[Exception] = ValueError, **changes: Any) -> B
 
 
 Q, K, V = rand(2, 4, 3, 8), rand(2, 4, 5, 8), rand(2, 4, 5, 6)
+KEEP = torch.ones(3, 5, dtype=torch.bool)
 GRAD = "an input requires a gradient, and headfold has no backward yet; call it under torch.no_grad()"
 FLOATS = "it must be float16, bfloat16 or float32"
 
 
 def tensor_errors(name: str, t: torch.Tensor) -> list[Bad]:
-    last = t.transpose(-1, -2).contiguous().transpose(-1, -2)
     return [
         wrong(f"{name} is a list; it must be a torch.Tensor", TypeError, **{name: [1.0]}),
         wrong(f"{name} has shape (); it must be (..., length, dim)", **{name: t.sum()}),
         wrong(f"{name} has shape (8,); it must be (..., length, dim)", **{name: rand(8)}),
         wrong(f"{name} has dtype torch.int64; {FLOATS}", **{name: t.long()}),
-        wrong(
-            f"{name} has last stride {last.stride(-1)}; its last dimension must be contiguous", **{name: last}
-        ),
         wrong(GRAD, NotImplementedError, **{name: t.clone().requires_grad_()}),
         wrong("their batches must broadcast", **{name: t.repeat_interleave(2, 0)[:3]}),
     ]
@@ -260,8 +410,47 @@ ERRORS: dict[str, list[Bad]] = {
         wrong("value has head dimension 257; it must be 1 to 256", value=rand(2, 4, 5, 257)),
     ],
     "attn_mask": [
-        wrong("attn_mask is not available yet; leave it at None", NotImplementedError, attn_mask=mask)
-        for mask in (torch.ones(3, 5, dtype=torch.bool), torch.zeros(3, 5))
+        wrong("attn_mask is a list; it must be None or a torch.Tensor", TypeError, attn_mask=[True]),
+        wrong("attn_mask has dtype torch.int32; it must be bool or floating point", attn_mask=KEEP.int()),
+        wrong(
+            "attn_mask has dtype torch.float64; it must be bool, float16, bfloat16", attn_mask=KEEP.double()
+        ),
+        wrong("attn_mask is on meta; it must be on query's cpu", attn_mask=KEEP.to("meta")),
+        *(
+            wrong(
+                f"attn_mask has shape {tuple(mask.shape)}; it must broadcast to (2, 4, 3, 5)",
+                attn_mask=mask,
+            )
+            for mask in (
+                KEEP.T,
+                KEEP[:, :4],
+                KEEP[:2],
+                KEEP.expand(3, 4, 3, 5),
+                KEEP.expand(2, 2, 3, 5),
+                KEEP.expand(1, 2, 4, 3, 5),
+            )
+        ),
+        *(
+            wrong(
+                "attn_mask is given with is_causal=True; it must be None then",
+                MaskError,
+                is_causal=True,
+                attn_mask=m,
+            )
+            for m in (KEEP, KEEP.float(), causal_lower_right(3, 5))
+        ),
+        *(
+            wrong(
+                "attn_mask is a causal bias for lengths (3, 6); it must be for (3, 5)",
+                attn_mask=bias(3, 6),
+            )
+            for bias in (causal_lower_right, causal_upper_left)
+        ),
+        wrong(
+            "attn_mask requires a gradient, and headfold has no backward yet; call it under torch.no_grad()",
+            NotImplementedError,
+            attn_mask=KEEP.float().requires_grad_(),
+        ),
     ],
     "dropout_p": [
         wrong(
@@ -318,10 +507,36 @@ def test_torch_refuses_what_headfold_refuses(inputs: tuple[torch.Tensor, ...]) -
         scaled_dot_product_attention(*inputs)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn_mask": KEEP, "is_causal": True},
+        {"attn_mask": KEEP[:, :4]},
+        {"attn_mask": KEEP.int()},
+        {"attn_mask": KEEP.expand(2, 2, 3, 5)},
+    ],
+)
+def test_torch_refuses_the_masks_that_headfold_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError):
+        torchs(Q, K, V, **options)
+    with pytest.raises(ValueError, match="scaled_dot_product_attention: attn_mask "):
+        scaled_dot_product_attention(Q, K, V, **options)
+
+
+def test_causal_with_a_mask_is_the_error_that_torch_raises() -> None:
+    assert issubclass(MaskError, RuntimeError)
+    assert issubclass(MaskError, ValueError)
+    for mask in (KEEP, causal_lower_right(3, 5)):
+        with pytest.raises(RuntimeError):
+            scaled_dot_product_attention(Q, K, V, attn_mask=mask, is_causal=True)
+
+
 def test_gradients_come_to_nothing_without_grad_mode(target: Target) -> None:
     q, k, v = (t.to(target.device) for t in (Q, K, V))
     with torch.no_grad():
         assert_like_torch(q.clone().requires_grad_(), k, v)
+        mask = torch.zeros(3, 5, device=target.device, requires_grad=True)
+        assert_like_torch(q, k, v, attn_mask=mask)
 
 
 # ---- copies -----------------------------------------------------------------------------------------------
@@ -351,3 +566,30 @@ def test_broadcast_kv_heads_are_read_once(seen: list[Inputs]) -> None:
     scaled_dot_product_attention(Q, K[:, :1], V[:, :1])
     (x,) = seen
     assert (x.q.shape[2], x.k.shape[2], x.v.shape[2]) == (4, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(3, 5, dtype=torch.bool),
+        torch.zeros(2, 1, 3, 5),
+        torch.zeros(4, 3, 1),
+        torch.zeros(2, 4, 5, 3).transpose(2, 3),
+    ],
+    ids=["2-D", "per batch", "per query", "keys first"],
+)
+def test_no_mask_is_copied(mask: torch.Tensor, seen: list[Inputs]) -> None:
+    scaled_dot_product_attention(Q, K, V, attn_mask=mask)
+    (x,) = seen
+    assert x.mask is not None
+    assert x.mask.data_ptr() == mask.data_ptr()
+    assert x.mask.shape == (2, 4, 3, 5)
+
+
+def test_a_causal_bias_is_no_mask_in_memory(seen: list[Inputs]) -> None:
+    scaled_dot_product_attention(Q, K, V, attn_mask=causal_lower_right(3, 5))
+    scaled_dot_product_attention(Q, K, V, attn_mask=causal_upper_left(3, 5))
+    assert [(x.mask, x.window_left, x.window_right, x.bottom_right) for x in seen] == [
+        (None, -1, 0, True),
+        (None, -1, 0, False),
+    ]
