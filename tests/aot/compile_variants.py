@@ -2,9 +2,10 @@
 
     python -m tests.aot.compile_variants 90 [name ...] > report.json
 
-Every variant calls `headfold.backends.run`, or the launcher of the append. Triton's JIT sees a driver that knows its target and nothing else, and
-a launch becomes a compilation: arguments, constants, what the JIT specialises on, warps and stages are the
-launcher's own. A process of its own, because TRITON_INTERPRET=1, which the test session sets, compiles nothing.
+Every variant calls `headfold.backends.run`, or the launcher of the append. Triton's JIT sees a driver that knows its
+target and nothing else, and a launch becomes a compilation: arguments, constants, what the JIT specialises on, warps
+and stages are the launcher's own. A process of its own, because TRITON_INTERPRET=1, which the test session sets,
+compiles nothing.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ def figures(kernel: Any, arch: int) -> dict[str, Any]:
     return {
         "registers": int(re.search(r"\bREG:(\d+)", dumped)[1]),  # type: ignore[index]
         "stack": int(re.search(r"\bSTACK:(\d+)", dumped)[1]),  # type: ignore[index]
+        "sass": len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", dumped, re.M)),
         "loop_spills": spills_in_loops(dumped),
         "smem": kernel.metadata.shared,
         **counts,

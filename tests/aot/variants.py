@@ -95,7 +95,7 @@ class Variant:
                 "rotary_positions": _index(BATCH),
                 "rotary_interleaved": name == "rotary-pairs",
             }
-        return {
+        others: dict[str, dict[str, object]] = {
             "": {},
             "softcap": {"softcap": 30.0},
             "sink": {"sink": torch.empty(heads, dtype=dtype)},
@@ -103,7 +103,8 @@ class Variant:
             "alibi": {"alibi_slopes": torch.empty(heads)},
             "tree": {"tree_mask": torch.empty(queries, dtype=torch.bool).expand(BATCH, queries, queries)},
             "rows": {"cache_batch_idx": _index(BATCH), "cache_leftpad": _index(BATCH)},
-        }[name]
+        }
+        return others[name]
 
     def append_inputs(self) -> AppendInputs:
         """The arguments of an append of one token a sequence; rotary as in a decode."""
@@ -176,7 +177,12 @@ def _hopper() -> list[Variant]:
     ]
     append = [
         Variant("append", layout, "bf16", 128, 128, feature=feature)
-        for layout, feature in (("dense", ""), ("paged", ""), ("dense", "rotary-pairs"), ("paged", "rotary-halves"))
+        for layout, feature in (
+            ("dense", ""),
+            ("paged", ""),
+            ("dense", "rotary-pairs"),
+            ("paged", "rotary-halves"),
+        )
     ]
     return full + unaligned + single + half + fixup + featured + append
 

@@ -43,7 +43,7 @@ def problem(
 
 @st.composite
 def problems(draw: st.DrawFn, max_length: int = 5000) -> Problem:
-    """Any problem, empty ones included."""
+    """Any problem, empty ones included, but without tokens_per_split, which has its own rules."""
     kv_heads, group = draw(st.integers(1, 16)), draw(st.sampled_from(RATIOS))
     batch = draw(st.integers(0, 40))
     sq = draw(st.one_of(st.integers(0, 8), st.integers(0, max_length)))
@@ -70,6 +70,12 @@ def problems(draw: st.DrawFn, max_length: int = 5000) -> Problem:
         bottom_right=draw(st.booleans()),
         lengths_on_device=draw(st.booleans()),
         aligned=draw(st.booleans()),
+        tma_strides=draw(st.booleans()),
+        softcap=draw(st.booleans()),
+        attention_chunk=draw(st.sampled_from((0, 0, 1, 100, 4096))),
+        tensor_mask=draw(st.booleans()),
+        mask_align=draw(st.sampled_from((0, 1, 8))),
+        rotary=draw(st.sampled_from(((0, False, 1), (16, True, 8)))),
         num_splits=draw(st.sampled_from((0, 0, 0, 1, 3, 256))),
         pack_gqa=draw(st.sampled_from((None, True, False))),
         sm_margin=draw(st.sampled_from((0, 0, 8, 1000))),

@@ -33,6 +33,7 @@ from headfold.planner.gpu import (
 )
 from headfold.problem import Inputs
 from headfold.reference import visible
+from tests.backends.featured import featured
 from tests.cases import make, poisoned
 from tests.planner.problems import GPUS, RATIOS, problem, problems
 
@@ -270,6 +271,9 @@ def test_tma_needs_aligned_whole_half_precision_rows_without_pages() -> None:
     assert make_plan(p, H200).use_tma
     for change in (
         {"aligned": False},
+        {"tma_strides": False},
+        {"aligned": False, "tensor_mask": True},
+        {"tma_strides": False, "tensor_mask": True},
         {"kv_layout": "paged", "page_size": 16},
         {"head_dim": 96},
         {"head_dim_v": 72},
@@ -279,6 +283,94 @@ def test_tma_needs_aligned_whole_half_precision_rows_without_pages() -> None:
         assert not tma_possible(other), change
         assert not make_plan(other, H200).use_tma, change
     assert not make_plan(p, DEVICES["a100"]).use_tma
+
+
+@given(problems(), st.sampled_from(GPUS))
+def test_no_plan_uses_tma_where_it_is_impossible(p: Any, device: Any) -> None:
+    """Whatever the features: a mask's tiles go through the copy engine too, on the same terms."""
+    if make_plan(p, device).use_tma:
+        assert tma_possible(p)
+        assert p.aligned
+        assert p.tma_strides
+        assert p.kv_layout != "paged"
+
+
+def strided(*shape: int, stride: int) -> torch.Tensor:
+    """(b, sk, hk, d) bfloat16 with that token stride, in elements."""
+    b, sk, hk, d = shape
+    row = -(-max(stride * sk, hk * d) // 64) * 64  # sequences start on 16 bytes
+    store = torch.zeros(b * row + hk * d, dtype=torch.bfloat16)
+    return store.as_strided(shape, (row, stride, d, 1))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("name", "keys", "stride", "aligned", "tma"),
+    [
+        ("contiguous", 64, 128, True, True),
+        ("padded rows", 64, 136, True, True),
+        ("expanded tokens", 64, 0, True, False),
+        ("odd rows", 64, 129, False, False),
+        ("rows on 8 bytes", 64, 132, False, False),
+        ("one token with an odd stride", 1, 129, True, False),
+        ("one expanded token", 1, 0, True, False),
+    ],
+)
+def test_the_copy_engine_gets_strides_it_can_walk(
+    name: str, keys: int, stride: int, aligned: bool, tma: bool, masked: bool
+) -> None:
+    """A token stride of 0 or one that is no multiple of 16 bytes makes a descriptor that faults, or reads elsewhere."""
+    for tensors in ("k", "v", "kv"):
+        good = torch.zeros(2, keys, 2, 64, dtype=torch.bfloat16)
+        bad = strided(2, keys, 2, 64, stride=stride)
+        x = Inputs(
+            torch.zeros(2, 4096, 2, 64, dtype=torch.bfloat16),
+            bad if "k" in tensors else good,
+            bad if "v" in tensors else good,
+            mask=torch.zeros(1, 1, 1, keys).expand(2, 2, 4096, keys) if masked else None,
+        )
+        with backends.force(H200):
+            p, plan = backends.plan_of(x)
+        assert plan.kernel == "prefill"
+        assert (p.aligned, p.tma_strides) == (aligned, tma)
+        assert plan.use_tma == tma, (name, tensors)
+        # Ragged keys have their tokens first.
+        flat = replace(x, k=x.k[0], v=x.v[0], q=x.q[0], cu_seqlens_q=None, mask=None)
+        flat = replace(flat, cu_seqlens_q=torch.tensor([0, 4096], dtype=torch.int32))
+        flat = replace(flat, cu_seqlens_k=torch.tensor([0, keys], dtype=torch.int32))
+        flat = replace(flat, max_seqlen_q=4096, max_seqlen_k=keys)
+        with backends.force(H200):
+            assert backends.plan_of(flat)[1].use_tma == tma, (name, tensors)
+
+
+# ---- fixed splits
+
+
+@given(
+    problems(),
+    st.integers(1, 3000),
+    st.integers(1, 100),
+    st.integers(1, 5000),
+    st.integers(1, 5000),
+    st.sampled_from(GPUS),
+)
+def test_fixed_splits_depend_on_the_sequence_alone(
+    p: Any, size: int, batch: int, sq: int, sk: int, device: Any
+) -> None:
+    """The splits cover the capacity, the decode kernel runs them, and its tile is one whatever else is in the batch."""
+    p = replace(p, tokens_per_split=size)
+    plan = make_plan(p, device)
+    if plan.kernel == "none":
+        return
+    assert plan.kernel == "decode"
+    assert (plan.num_splits - 1) * size < p.max_seqlen_k <= plan.num_splits * size
+    assert any("as tokens_per_split asks" in r for r in plan.reasons)
+    # Another batch, with other lengths, and another caller's wish for splits.
+    total = batch * sq if p.q_layout == "dense" else batch + sq
+    change = {"batch": batch, "max_seqlen_q": sq, "max_seqlen_k": sk, "total_q": total, "total_k": batch * sk}
+    other = make_plan(replace(p, **change, num_splits=3, sm_margin=0), device)
+    for tile in ("kernel", "fold", "block_m", "block_n", "num_warps", "num_stages", "use_tma"):
+        assert getattr(other, tile) == getattr(plan, tile), tile
 
 
 # ---- ragged batches
@@ -430,6 +522,10 @@ def launch_cases() -> dict[str, Inputs]:
             [400, 3, 1, 2] * 8, [9] * 32, heads=40, kv_heads=10, q_layout="ragged", kv_layout="ragged"
         ),
         "paged": make([1, 1], [100, 33], kv_layout="paged", page_size=24, dtype=torch.float16),
+        "mask, slopes, sink": featured(("bool_mask", "slopes", "sink"), [2, 2], [90, 90], slack=0),
+        "added mask, softcap": featured(("added_mask", "softcap"), [70] * 2, [70] * 2, slack=0, num_splits=1),
+        "tree, rows, chunk": featured(("tree", "batch_idx", "leftpad", "chunk"), [3, 3], [90, 60]),
+        "rotary, paged": featured(("rotary", "batch_idx"), [2, 1], [90, 60], kv_layout="paged", seed=1),
     }
 
 
@@ -504,6 +600,18 @@ def test_a_launch_gives_every_kernel_parameter_once(launcher: Any, name: str) ->
                 assert bound["k_stride_h"] == x.k.stride(-2)
                 assert bound["v_stride_h"] == x.v.stride(-2)
                 assert bound["q_stride_s"] == x.q.stride(-3)
+                pointers = {"Sink": x.sink, "Slopes": x.alibi_slopes, "rotary_cos": x.rotary_cos}
+                pointers |= {n: getattr(x, n) for n in ("rotary_sin", "rotary_positions", "cache_leftpad")}
+                pointers |= {"cache_batch_idx": x.cache_batch_idx}
+                assert all(bound[n] is t for n, t in pointers.items())
+                for n, t in (("Mask", x.mask), ("Tree", x.tree_mask)):
+                    # A bool mask goes as the bytes it is.
+                    assert (bound[n] is None) == (t is None)
+                    assert t is None or bound[n].data_ptr() == t.data_ptr()
+                    assert t is None or bound[n].dtype == (torch.uint8 if t.dtype == torch.bool else t.dtype)
+                assert [bound[f"mask_stride_{i}"] for i in "bhqk"] == list(
+                    x.mask.stride() if x.mask is not None else (0,) * 4
+                )
                 assert (bound["fold"], bound["batch"]) == (x.q.shape[-2] // x.k.shape[-2], x.batch)
 
 

@@ -91,12 +91,12 @@ def check_tile(tile: Tile, d: int, dv: int, dtype: torch.dtype, device: Device) 
 
 @devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(dims, dims, st.integers(1, 3000), st.booleans())
+@given(dims, dims, st.integers(1, 3000), st.booleans(), st.booleans())
 def test_decode_tiles_fit_shared_memory(
-    device: Device, dtype: torch.dtype, d: int, dv: int, rows: int, paged: bool
+    device: Device, dtype: torch.dtype, d: int, dv: int, rows: int, paged: bool, aligned: bool
 ) -> None:
-    """On every device of the table, at every pair of head dimensions."""
-    tile = decode_tile(rows, d, dv, dtype, paged, device)
+    """On every device of the table, at every pair of head dimensions, rows aligned or not."""
+    tile = decode_tile(rows, d, dv, dtype, paged, device, aligned)
     check_tile(tile, d, dv, dtype, device)
     assert not tile.tma
     assert tile.stages == (5 if paged else 3)
@@ -111,17 +111,42 @@ def test_float32_decode_tiles_of_head_dimension_256_fit_small_devices(device: st
 
 @devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(dims, dims, st.booleans())
+@given(dims, dims, st.booleans(), st.booleans(), st.booleans(), st.booleans())
 def test_prefill_tiles_fit_shared_memory(
-    device: Device, dtype: torch.dtype, d: int, dv: int, tma: bool
+    device: Device,
+    dtype: torch.dtype,
+    d: int,
+    dv: int,
+    tma: bool,
+    paged: bool,
+    aligned: bool,
+    tensor_mask: bool,
 ) -> None:
     """The last candidate is taken whether it fits or not: it must."""
-    tile = prefill_tile(d, dv, dtype, tma, device)
+    tma = tma and aligned and not paged  # as tma_possible has it
+    tile = prefill_tile(d, dv, dtype, tma, device, paged=paged, aligned=aligned, tensor_mask=tensor_mask)
     check_tile(tile, d, dv, dtype, device)
+    if paged and dtype != torch.float32:
+        assert tile.stages >= 4  # two for the page look-up, two for K and V
     if tile.tma:
         assert tma
         assert device.arch >= (9, 0)
         assert dtype != torch.float32
+
+
+@devices
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("change", [{"aligned": False}, {"tensor_mask": True}], ids=str)
+def test_what_needs_registers_for_addresses_has_small_tiles(
+    device: Device, d: int, change: dict[str, bool]
+) -> None:
+    """Masks and unaligned rows: no more scores a thread than the tiles of plain calls, and fewer keys a block."""
+    plain = prefill_tile(d, d, torch.bfloat16, False, device)
+    tile = prefill_tile(d, d, torch.bfloat16, False, device, **change)
+    assert tile.rows * tile.keys <= min(plain.rows * plain.keys, 64 * 32)
+    if "aligned" in change:
+        for rows in (1, 16, 64):
+            assert decode_tile(rows, d, d, torch.bfloat16, False, device, False).keys <= 32
 
 
 @pytest.mark.parametrize("rows", range(1, 65))

@@ -1,0 +1,112 @@
+"""What a feature costs the compiler, each alone on Hopper: and that a call without any pays for none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from tests.aot.variants import FEATURES, MASKS
+
+Record = dict[str, Any]
+# Features whose loads and products are those of the plain call, in its tile.
+SAME_LOOP = tuple(f for f in FEATURES if f not in (*MASKS, "tree"))
+
+# Bytes of stack, and local loads and stores within a loop, that a variant may use; every other one uses none.
+SPILLS = {
+    "decode1-dense-bf16-d128-rotary-pairs": (24, 0),
+    "prefill-dense-bf16-d128-mask-bool": (16, 6),
+    "prefill-dense-bf16-d128-tree": (112, 30),
+}
+
+# Instructions by opcode, registers and shared memory of plain calls (d128, bfloat16, sm_90), as Triton 3.7.1 compiles
+# them. The opcodes are those of the kernels before they had any feature. A change of the kernels or of their tiles
+# changes this table: compare what the test prints, and write it down when it is meant.
+RECORDED_WITH = "3.7.1"
+COLUMNS = ("hgmma", "hmma", "ldgsts", "utmaldg", "mufu", "ffma", "fmul", "ldg", "stg", "registers", "smem")
+PLAIN = {
+    "decode1-dense-bf16-d128": (0, 64, 96, 0, 24, 44, 68, 2, 5, 128, 139264),
+    "decode1-paged-bf16-d128": (0, 64, 101, 0, 24, 44, 68, 3, 5, 168, 140288),
+    "prefill-dense-bf16-d128": (36, 0, 0, 18, 107, 128, 348, 8, 9, 218, 114752),
+    "prefill-paged-bf16-d128": (36, 0, 87, 0, 107, 128, 348, 9, 9, 246, 131584),
+}
+
+
+@pytest.fixture
+def records(report_of: Callable[[int], list[Record]]) -> dict[str, Record]:
+    """name -> record of what was compiled for Hopper."""
+    return {r["name"]: r for r in report_of(90) if "error" not in r}
+
+
+def plain_of(r: Record, records: dict[str, Record]) -> Record:
+    """The same call without its feature."""
+    return records[r["name"].removesuffix(f"-{r['feature']}")]
+
+
+def test_no_feature_slows_a_call_that_does_not_use_it(records: dict[str, Record]) -> None:
+    """The program of a plain call is the recorded one: nothing of a feature is left in it."""
+    if triton.__version__ != RECORDED_WITH:
+        pytest.skip(f"recorded with Triton {RECORDED_WITH}, this is {triton.__version__}")
+    found = {name: tuple(records[name][c] for c in COLUMNS) for name in PLAIN}
+    assert found == PLAIN, COLUMNS
+
+
+def test_every_feature_is_compiled_in_both_kernels(records: dict[str, Record]) -> None:
+    """And into the program: one that is equal to the plain one would be a feature that the launcher dropped."""
+    featured = [r for r in records.values() if r["feature"]]
+    assert {(r["kernel"], r["feature"]) for r in featured} >= {
+        (kernel, feature) for kernel in ("decode_kernel", "prefill_kernel") for feature in FEATURES
+    }
+    counted = ("mufu", "ffma", "fmul", "ldg", "registers", "smem", "sass")
+    same = [r["name"] for r in featured if all(r[c] == plain_of(r, records)[c] for c in counted)]
+    assert same == []
+
+
+def test_features_spill_no_more_than_they_are_known_to(records: dict[str, Record]) -> None:
+    """Most not at all; the limits are what Triton 3.7.1 makes of them."""
+    over = {
+        r["name"]: (r["registers"], r["stack"], r["loop_spills"])
+        for r in records.values()
+        if (r["feature"] or r["form"] == "append")
+        and any(
+            n > most
+            for n, most in zip((r["stack"], r["loop_spills"]), SPILLS.get(r["name"], (0, 0)), strict=True)
+        )
+    }
+    assert over == {}
+    assert set(records) >= set(SPILLS)
+
+
+@pytest.mark.parametrize("feature", SAME_LOOP)
+def test_a_feature_keeps_the_tile_the_loads_and_the_products(
+    records: dict[str, Record], feature: str
+) -> None:
+    """Softcap, sinks, chunks, ALiBi, cache rows and rotary add arithmetic: K and V still come as they did."""
+    kept = ("hgmma", "hmma", "ldgsts", "ldgsts128", "utmaldg", "smem")
+    found = [r for r in records.values() if r["feature"] == feature and r["form"] != "append"]
+    assert len(found) == 4  # decode and prefill, dense and paged
+    for r in found:
+        plain = plain_of(r, records)
+        assert {k: r[k] for k in kept} == {k: plain[k] for k in kept}, r["name"]
+        tile = ("block_m", "block_n", "num_warps", "num_stages", "use_tma")
+        assert {k: r["plan"][k] for k in tile} == {k: plain["plan"][k] for k in tile}, r["name"]
+
+
+def test_calls_with_a_mask_keep_asynchronous_copies(records: dict[str, Record]) -> None:
+    """Two blocks of K and V under way in 16-byte copies, or the copy engine: see test_compiled.py."""
+    masked = [r for r in records.values() if r["feature"] in (*MASKS, "tree")]
+    assert masked
+    lost = [r["name"] for r in masked if not r["ldgsts128"] and not r["utmaldg"]]
+    assert lost == []
+
+
+def test_an_append_copies_16_bytes_at_a_time(records: dict[str, Record]) -> None:
+    """K and V, rotated or not; also the other half of a pair and the angles."""
+    appends = [r for r in records.values() if r["form"] == "append"]
+    assert {r["feature"] for r in appends} == {"", "rotary-pairs", "rotary-halves"}
+    assert {r["name"]: (r["ldg"], r["ldg128"]) for r in appends if r["ldg128"] < 4} == {}
