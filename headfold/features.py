@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from headfold.problem import DTYPES, MAX_SEQLEN, Inputs, fail, k_capacity, q_capacity
-
-MAX_SPLITS = 256
+from headfold.problem import DTYPES, MAX_SEQLEN, MAX_SPLITS, Inputs, fail, k_capacity, q_capacity
 
 
 def check_features(x: Inputs) -> None:

@@ -23,9 +23,8 @@ from headfold.arguments import (
     run,
 )
 from headfold.backends import device_of
-from headfold.features import MAX_SPLITS
 from headfold.planner import make_plan
-from headfold.problem import DTYPES, MAX_GROUP, MAX_HEAD_DIM, MAX_SEQLEN, Problem
+from headfold.problem import DTYPES, MAX_GROUP, MAX_HEAD_DIM, MAX_SEQLEN, MAX_SPLITS, Problem
 
 
 def flash_attn_with_kvcache(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from headfold import backends
+from headfold.problem import MAX_SPLITS
 
-MAX_SPLITS = 256
 _CALLER = "flash_attn_combine"
 _OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -15,6 +15,7 @@ import torch
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 256
+MAX_SPLITS = 256  # states that one fixup merges
 # Positions are 32-bit in the kernels, and a window bound is added to them: half the range keeps sums safe.
 MAX_SEQLEN = 2**30
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -305,8 +306,8 @@ def _check_scalars(x: Inputs) -> None:
     for name, side in (("left", x.window_left), ("right", x.window_right)):
         if side < -1:
             raise fail(x, "window_size", f"has {name} side {side}", "a side is None or -1 (open), or >= 0")
-    if x.num_splits < 0 or x.num_splits > 256:
-        raise fail(x, "num_splits", f"is {x.num_splits}", "it must be 0 (automatic) to 256")
+    if x.num_splits < 0 or x.num_splits > MAX_SPLITS:
+        raise fail(x, "num_splits", f"is {x.num_splits}", f"it must be 0 (automatic) to {MAX_SPLITS}")
     if x.sm_margin < 0:
         raise fail(x, "sm_margin", f"is {x.sm_margin}", "it must be >= 0")
     if x.softmax_scale is not None and not float("-inf") < x.softmax_scale < float("inf"):
@@ -362,13 +363,17 @@ def _mask_align(mask: torch.Tensor | None) -> int:
     return 16 // mask.element_size() if is_aligned(mask) else 1
 
 
-def _rotary(x: Inputs) -> tuple[int, bool, int]:
+def rotary_facts(
+    cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool
+) -> tuple[int, bool, int]:
     """(rotary_dim, interleaved, what the rows of the angles are aligned to in elements); rotary_dim 0 is none."""
-    if x.rotary_cos is None or x.rotary_sin is None:
+    if cos is None or sin is None:
         return 0, False, 1
-    aligned = is_aligned(x.rotary_cos) and is_aligned(x.rotary_sin)
-    align = 16 // x.rotary_cos.element_size() if aligned else 1
-    return 2 * x.rotary_cos.shape[1], x.rotary_interleaved, align
+    return (
+        2 * cos.shape[1],
+        interleaved,
+        16 // cos.element_size() if is_aligned(cos) and is_aligned(sin) else 1,
+    )
 
 
 def problem_of(x: Inputs, out: torch.Tensor | None = None) -> Problem:
@@ -411,5 +416,5 @@ def problem_of(x: Inputs, out: torch.Tensor | None = None) -> Problem:
         tokens_per_split=x.tokens_per_split,
         tensor_mask=x.mask is not None or x.tree_mask is not None,
         mask_align=_mask_align(x.mask),
-        rotary=_rotary(x),
+        rotary=rotary_facts(x.rotary_cos, x.rotary_sin, x.rotary_interleaved),
     )

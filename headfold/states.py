@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from headfold import ops
-from headfold.merge import MAX_SPLITS
-from headfold.problem import DTYPES, MAX_HEAD_DIM
+from headfold.problem import DTYPES, MAX_HEAD_DIM, MAX_SPLITS
 
 State = tuple[torch.Tensor, torch.Tensor]
 _CALLER = "merge_states"

@@ -8,7 +8,7 @@ import torch
 
 from headfold.kernels.append import append_kernel
 from headfold.planner.tiles import next_power_of_two
-from headfold.problem import is_aligned
+from headfold.problem import is_aligned, rotary_facts
 
 if TYPE_CHECKING:
     from headfold.append import AppendInputs
@@ -23,14 +23,8 @@ def rotary_constants(cos: torch.Tensor | None, sin: torch.Tensor | None, interle
 
     ROTARY_DIM is one, since a model has one and the loads of a pair's other half are wide only if it is known.
     """
-    if cos is None or sin is None:
-        return {"ROTARY_DIM": 0, "INTERLEAVED": False, "ROTARY_ALIGN": 1}
-    aligned = is_aligned(cos) and is_aligned(sin)
-    return {
-        "ROTARY_DIM": 2 * cos.shape[1],
-        "INTERLEAVED": interleaved,
-        "ROTARY_ALIGN": 16 // cos.element_size() if aligned else 1,
-    }
+    dim, pairs, align = rotary_facts(cos, sin, interleaved)
+    return {"ROTARY_DIM": dim, "INTERLEAVED": pairs, "ROTARY_ALIGN": align}
 
 
 def constants(x: AppendInputs) -> dict[str, Any]:

@@ -13,11 +13,10 @@ from headfold.kernels.fixup import fixup_kernel
 from headfold.kernels.prefill import prefill_kernel
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import next_power_of_two
-from headfold.problem import Inputs
+from headfold.problem import MAX_SPLITS, Inputs
 
 # An open window side: above any position, and a sum with a position still fits 32 bits.
 OPEN_SIDE = 2**30
-MAX_SPLITS = 256
 
 
 def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:

@@ -6,9 +6,8 @@ from headfold.planner.device import Device
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import Tile, decode_tile, padded, prefill_tile, shared_memory, split_dim
 from headfold.planner.work import key_span
-from headfold.problem import Problem
+from headfold.problem import MAX_SPLITS, Problem
 
-MAX_SPLITS = 256
 # Folded rows up to which the decode kernel's small tile takes a whole sequence at once.
 DECODE_ROWS = 64
 # What a program costs beyond its blocks (start, pipeline fill, epilogue), and what a fixup costs, in blocks.
