@@ -84,6 +84,24 @@ def test_bench_takes_globs_dtypes_and_leaves_torch_out(tmp_path: Path) -> None:
     assert {shape["dtype"] for shape in result.cases.values()} == {"fp32"}
 
 
+@pytest.mark.parametrize(
+    ("suite", "peers"), [("decode", "cudnn,flash,fa3"), ("prefill", "cudnn,flash,fa3,fa4")]
+)
+@pytest.mark.usefixtures("tiny")
+def test_bench_takes_the_names_of_peers_in_one_list(tmp_path: Path, suite: str, peers: str) -> None:
+    file, library = tmp_path / "r.json", tmp_path / "fa3.so"
+    library.touch()
+    args = ("--suite", suite, "--against", peers, "--fa3-library", str(library), "--against", "sdpa-folded")
+    text = call("bench", "--device", "cpu", "--rounds", "1", "--json", str(file), *args)
+    result = Result.load(file)
+    asked = {"fa3", "fa4", "sdpa-folded"} if "fa4" in peers else {"fa3", "sdpa-folded"}
+    assert asked <= {r.implementation for r in result.rows}
+    assert {"torch-cudnn", "torch-flash"} <= {r.implementation for r in result.rows}
+    assert result.options["against"] == [*peers.split(","), "sdpa-folded"]
+    assert f"--against fa3 {'--against fa4 ' if 'fa4' in peers else ''}" in text
+    assert f"--fa3-library {library}" in text
+
+
 @pytest.mark.usefixtures("tiny")
 def test_bench_fails_when_headfold_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(*args: object, **kwargs: object) -> None:
@@ -113,6 +131,7 @@ def test_bench_lists_cases_and_peers() -> None:
         (["--dtype", "int8"], "--dtype is 'int8'"),
         (["--rounds", "0"], "--rounds is 0"),
         (["--device", "cpu", "--against", "fa9"], "--against is 'fa9'"),
+        (["--device", "cpu", "--against", "fa3", "--fa3-library", "x.so"], "--fa3-library is 'x.so'"),
         (["--picture", "x.gif"], "--picture is 'x.gif'"),
         (["--from", "/no/such.json"], "/no/such.json: No such file"),
     ],

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from headfold.bench.features import DOCUMENTS, PLAIN, Features
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,7 +24,8 @@ class Case:
     """One shape. `sk` is the longest sequence; `lengths` gives every sequence's keys where they differ.
 
     `page_size` 0 means that K and V are not paged; pages are always in shuffled order. `causal` aligns
-    bottom-right. `dtype` is "bf16", "fp16" or "fp32".
+    bottom-right. `dtype` is "bf16", "fp16" or "fp32". `base` names the case that a case with `features` is compared
+    with: the same work without them.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Case:
     page_size: int = 0
     causal: bool = False
     dtype: str = "bf16"
+    features: Features = PLAIN
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -53,6 +58,12 @@ class Case:
             raise self._bad("lengths", self.lengths, "it must hold a length a sequence, the longest sk")
         if self.causal and self.sq > min(self.all_lengths):
             raise self._bad("sq", self.sq, "a causal case needs at least as many keys as queries")
+        if self.features.names and (self.is_paged or self.is_ragged):
+            raise self._bad("features", self.features, "only dense cases of equal lengths have them")
+        if self.features.mask == "documents" and (self.sq != self.sk or self.sk % DOCUMENTS):
+            raise self._bad("sk", self.sk, f"documents need as many queries, and a multiple of {DOCUMENTS}")
+        if self.features.append and self.sq > self.sk:
+            raise self._bad("sq", self.sq, "a case that appends needs room for its new tokens")
 
     def _bad(self, field: str, got: object, need: str) -> ValueError:
         return ValueError(f"case {self.name!r}: {field} is {got!r}; {need}")
@@ -71,6 +82,12 @@ class Case:
     def is_paged(self) -> bool:
         """True when K and V lie in pages."""
         return self.page_size > 0
+
+    @property
+    def reads_a_cache(self) -> bool:
+        """True when headfold is called as flash_attn_with_kvcache."""
+        f = self.features
+        return self.is_paged or f.cache or f.append or f.tree
 
     @property
     def is_ragged(self) -> bool:
@@ -97,7 +114,7 @@ class Case:
     def _problem(self, device_type: str, batch: int, sk: int, total_k: int) -> Problem:
         from headfold.problem import Problem
 
-        ragged = self.is_ragged and not self.is_paged
+        ragged, f = self.is_ragged and not self.is_paged, self.features
         return Problem(
             device_type=device_type,
             dtype=self.torch_dtype,
@@ -113,8 +130,14 @@ class Case:
             q_layout="ragged" if ragged else "dense",
             kv_layout="paged" if self.is_paged else "ragged" if ragged else "dense",
             page_size=self.page_size,
+            window_left=f.window - 1 if f.window else None,
             window_right=0 if self.causal else None,
-            lengths_on_device=self.is_ragged or self.is_paged,
+            lengths_on_device=self.is_ragged or self.is_paged or self.reads_a_cache,
+            softcap=f.softcap > 0,
+            tokens_per_split=f.tokens_per_split,
+            tensor_mask=bool(f.mask) or f.tree,
+            mask_align=16 // (1 if f.mask == "documents" else self.torch_dtype.itemsize) if f.mask else 0,
+            rotary=(self.d, False, 16 // self.torch_dtype.itemsize) if f.rotary else (0, False, 1),
         )
 
     @property
@@ -126,11 +149,20 @@ class Case:
         return per_token * sum(visible_tokens(p) * n for p, n in self._by_length())
 
     @property
+    def cache_bytes(self) -> int:
+        """Bytes that K and V take up, seen or not."""
+        per_token = self.kv_heads * (self.d + self.dv) * self.torch_dtype.itemsize
+        return per_token * sum(self.all_lengths)
+
+    @property
     def flops(self) -> int:
         """Floating-point operations of both matrix products, masked pairs left out."""
         from headfold.planner.work import visible_pairs
 
         pairs = sum(visible_pairs(p) * n for p, n in self._by_length())
+        if self.features.mask == "documents":
+            n = self.sk // DOCUMENTS
+            pairs = self.batch * DOCUMENTS * n * (n + 1) // 2
         return 2 * (self.d + self.dv) * self.heads * pairs
 
     def _by_length(self) -> list[tuple[Problem, int]]:
@@ -138,11 +170,21 @@ class Case:
         return [(self._problem("cpu", 1, sk, sk), n) for sk, n in counts.items()]
 
     def record(self) -> dict[str, Any]:
-        """The shape as plain data, for a result file."""
+        """The shape as plain data, for a result file; features that are off are left out."""
         fields = asdict(self)
         del fields["name"]
         fields["lengths"] = list(self.lengths) if self.lengths else None
+        fields["features"] = {name: getattr(self.features, name) for name in sorted(self.features.names)}
         return fields
+
+    @classmethod
+    def from_record(cls, name: str, record: dict[str, Any]) -> Case:
+        """The case that `record` was made of, also by versions that knew no features."""
+        fields = dict(record)
+        if fields.get("lengths") is not None:
+            fields["lengths"] = tuple(fields["lengths"])
+        fields["features"] = Features(**fields.get("features", {}))
+        return cls(name, **fields)
 
 
 def select(cases: Sequence[Case], names: Iterable[str]) -> list[Case]:

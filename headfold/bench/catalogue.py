@@ -6,11 +6,13 @@ measured at, so that figures can be laid side by side.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from headfold.bench.cases import Case
+from headfold.bench.features import Features
 
-SUITES = ("decode", "prefill", "all", "quick")
+SUITES = ("decode", "paged", "ragged", "prefill", "features", "all", "quick")
 
 
 class Heads(NamedTuple):
@@ -136,6 +138,46 @@ def _prefill(m: Heads, batch: int, sq: int, causal: bool, sk: int | None = None)
     return Case(name, "prefill", m.heads, m.kv_heads, m.d, m.d, batch, sq, sk or sq, causal=causal)
 
 
+def _with(base: Case, name: str, features: Features, **changes: object) -> Case:
+    """A case that adds features to another, and may see a longer context than it."""
+    return replace(base, name=name, features=features, base=base.name, **changes)  # type: ignore[arg-type]
+
+
+def _features(m: Heads, batch: int, sk: int, far: int, prompt: int) -> tuple[Case, ...]:
+    """Every feature beside the plain case with the same work: the same bytes read, the same queries.
+
+    Decode over `sk` keys, a window over `far` of them, and prefill of `prompt` tokens with mask tensors.
+    """
+    plain, half, short = (_decode(m, batch, n) for n in (sk, sk // 2, 1024))
+    tree_base = _speculative(m, batch, 8, sk)
+    tree_base = replace(tree_base, name=f"{m.model}-cache-q8-b{batch}-s{sk}", features=Features(cache=True))
+    cache = replace(plain, name=f"{m.model}-cache-b{batch}-s{sk}", features=Features(cache=True))
+    prefill = _prefill(m, 1, prompt, causal=False)
+    everything = Features(sink=True, softcap=30.0, alibi=True, window=sk // 2)
+    return (
+        plain,
+        _with(plain, f"{plain.name}-sink", Features(sink=True)),
+        _with(plain, f"{plain.name}-softcap", Features(softcap=30.0)),
+        _with(plain, f"{plain.name}-alibi", Features(alibi=True)),
+        _with(plain, f"{plain.name}-window-open", Features(), causal=True),
+        _with(plain, f"{plain.name}-split2048", Features(tokens_per_split=2048)),
+        _with(plain, f"{plain.name}-split8192", Features(tokens_per_split=8192)),
+        half,
+        _with(half, f"{plain.name}-window{sk // 2}", Features(window=sk // 2), sk=sk),
+        _with(half, f"{plain.name}-everything", everything, sk=sk),
+        short,
+        _with(short, f"{m.model}-decode-b{batch}-s{far}-window1024", Features(window=1024), sk=far),
+        tree_base,
+        _with(tree_base, f"{m.model}-tree8-b{batch}-s{sk}", Features(cache=True, tree=True), causal=False),
+        cache,
+        _with(cache, f"{cache.name}-append", Features(cache=True, append=True)),
+        _with(cache, f"{cache.name}-append-rotary", Features(cache=True, append=True, rotary=True)),
+        prefill,
+        _with(prefill, f"{prefill.name}-additive", Features(mask="additive")),
+        _with(prefill, f"{prefill.name}-documents", Features(mask="documents")),
+    )
+
+
 def _cuda() -> tuple[Case, ...]:
     decode = [
         _decode(LLAMA_8B, 16, 8192),
@@ -221,9 +263,22 @@ def catalogue(device_type: str, suite: str = "all") -> tuple[Case, ...]:
         raise ValueError(f"--device is {device_type!r}; it must be one of {', '.join(_QUICK)}")
     if suite not in SUITES:
         raise ValueError(f"--suite is {suite!r}; it must be one of {', '.join(SUITES)}")
-    cases = _cuda() if device_type == "cuda" else _cpu()
+    cuda = device_type == "cuda"
+    models = _cuda() if cuda else _cpu()
+    features = (
+        _features(LLAMA_8B, 16, 8192, 65536, 4096) if cuda else _features(LLAMA_8B, 1, 8192, 32768, 512)
+    )
+    if suite == "features":
+        return features
+    everything = models + tuple(c for c in features if c not in models)
     if suite == "all":
-        return cases
+        return everything
     if suite == "quick":
-        return tuple(c for c in cases if c.name in _QUICK[device_type])
-    return tuple(c for c in cases if (c.kind == "prefill") == (suite == "prefill"))
+        return tuple(c for c in everything if c.name in _QUICK[device_type])
+    return tuple(c for c in models if _is_in(c, suite))
+
+
+def _is_in(case: Case, suite: str) -> bool:
+    if suite in ("decode", "prefill"):
+        return (case.kind == "prefill") == (suite == "prefill")
+    return case.is_paged if suite == "paged" else case.is_ragged

@@ -59,15 +59,28 @@ def root(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="decode, prefill, all or quick.")] = "all",
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="decode (every kind of it), paged, ragged, prefill, features (each beside its plain case), "
+            "all or quick."
+        ),
+    ] = "all",
     case: Annotated[
         list[str] | None, typer.Option(help="Only cases whose name matches this glob; may be repeated.")
     ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="Also measure this peer; may be repeated or comma-separated: fa3, fa4, flashinfer, "
-            "sdpa-folded, torch-math, or the path of a .so with FlashAttention-3's operators."
+            help="Also measure this peer; may be repeated or comma-separated: cudnn, flash, fa3, fa4, flashinfer, "
+            "sdpa-folded, math, or the path of a .so with FlashAttention-3's operators."
+        ),
+    ] = None,
+    fa3_library: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where fa3 is: a .so with FlashAttention-3's operators, instead of the flash_attn_interface "
+            "package. Or name it in the environment as HEADFOLD_FA3_LIBRARY."
         ),
     ] = None,
     no_torch: Annotated[bool, typer.Option("--no-torch", help="Leave out PyTorch's own ways.")] = False,
@@ -114,6 +127,7 @@ def bench(
         with_torch=not no_torch,
         dtype=dtype,
         rounds=rounds,
+        fa3_library=None if fa3_library is None else str(fa3_library),
     )
     cases = _usage(lambda: session.cases_of(options))
     if list_cases:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from headfold import reference
 from headfold.bench.cases import Case
+from headfold.bench.feature_inputs import FeatureInputs, make_features, mask_bytes
 from headfold.bench.machine import free_memory, last_level_cache
 from headfold.problem import Inputs
 
@@ -32,6 +34,7 @@ class CaseInputs:
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
     page_table: torch.Tensor | None = None
+    extra: FeatureInputs = field(default_factory=FeatureInputs)
 
     @property
     def device(self) -> torch.device:
@@ -49,18 +52,49 @@ class CaseInputs:
         return self.q.flatten(0, 1)
 
     def arguments(self) -> Inputs:
-        """The first copy as the reference takes it."""
-        ragged = self.cu_seqlens_k is not None
+        """The first copy as the reference takes it, with the new tokens of an append in their places."""
+        ragged, f, extra = self.cu_seqlens_k is not None, self.case.features, self.extra
+        k, v = self.k[0], self.v[0]
+        if extra.k_new is not None and extra.v_new is not None:
+            k, v = k.clone(), v.clone()
+            k[:, -self.case.sq :] = torch.stack([self.turned(new) for new in extra.k_new])
+            v[:, -self.case.sq :] = extra.v_new
+        mask = extra.mask
+        if mask is not None:
+            mask = mask.expand(self.case.batch, self.case.heads, -1, -1)
         return Inputs(
             self.q_rows if ragged else self.q,
-            self.k[0],
-            self.v[0],
+            k,
+            v,
             cu_seqlens_q=self.cu_seqlens_q,
             cu_seqlens_k=self.cu_seqlens_k,
             seqused_k=self.lengths if self.page_table is not None else None,
             page_table=self.page_table,
+            window_left=f.window - 1,
             window_right=0 if self.case.causal else -1,
+            softcap=f.softcap,
+            sink=extra.sink,
+            alibi_slopes=extra.slopes,
+            mask=mask,
+            tree_mask=extra.tree,
+            rotary_cos=extra.cos,
+            rotary_sin=extra.sin,
+            rotary_positions=extra.before,
+            rotary_interleaved=False,
         )
+
+    def turned(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(sq, heads, d) at the positions of a sequence's newest tokens: rotated where the case rotates."""
+        if self.extra.cos is None or self.extra.sin is None:
+            return tokens
+        at = torch.arange(self.case.sk - self.case.sq, self.case.sk, device=self.device)
+        return reference.rotate(tokens, self.extra.cos, self.extra.sin, at, interleaved=False)
+
+    def forget_new_tokens(self) -> None:
+        """Put NaN where an append of the first copy writes: what is not written there is then seen."""
+        if self.extra.k_new is not None:
+            for t in (self.k[0], self.v[0]):
+                t[:, -self.case.sq :] = float("nan")
 
 
 def copies_needed(case: Case, device: torch.device) -> int:
@@ -76,7 +110,7 @@ def copies_needed(case: Case, device: torch.device) -> int:
 def bytes_needed(case: Case, device: torch.device) -> int:
     """Memory for the inputs and one output."""
     q_and_out = case.batch * case.sq * case.heads * (case.d + case.dv) * case.torch_dtype.itemsize
-    return copies_needed(case, device) * case.kv_bytes + q_and_out
+    return copies_needed(case, device) * case.cache_bytes + mask_bytes(case) + q_and_out
 
 
 def memory_shortage(case: Case, device: torch.device) -> str | None:
@@ -110,8 +144,9 @@ def make_inputs(case: Case, device: torch.device, copies: int | None = None, see
     for _ in range((copies or copies_needed(case, device)) - 1):
         k.append(k[0].clone())
         v.append(v[0].clone())
-    index = (None if t is None else t.to(device) for t in (cu_q, cu_k, table))
-    return CaseInputs(case, q, k, v, lengths.to(device), *index)
+    cu_q, cu_k, table = (None if t is None else t.to(device) for t in (cu_q, cu_k, table))
+    extra = make_features(case, device, gen)
+    return CaseInputs(case, q, k, v, lengths.to(device), cu_q, cu_k, table, extra)
 
 
 def _pages(case: Case) -> list[int]:

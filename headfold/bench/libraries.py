@@ -16,6 +16,7 @@ from headfold.bench.measure import Call
 from headfold.bench.peers import Implementation, Prepare, Unsupported, register
 
 FLASHINFER_WORKSPACE = 512 << 20
+FA3_FEATURES = frozenset({"softcap", "window", "cache", "append", "rotary"})
 FLASHINFER_PAGE = 16  # pages into which FlashInfer's decode wrapper is shown a dense cache
 
 
@@ -54,14 +55,17 @@ def _shape(case: Case) -> tuple[int, int, int, int]:
 def _flash_attn_3(case: Case, x: CaseInputs) -> Call:
     import flash_attn_interface as fa3
 
+    f, extra = case.features, x.extra
+    options = {"causal": case.causal, "window_size": _window(case), "softcap": f.softcap}
     if x.cu_seqlens_q is not None:
         return lambda i: _first(
             fa3.flash_attn_varlen_func(
-                x.q_rows, x.k[i], x.v[i], x.cu_seqlens_q, x.cu_seqlens_k, case.sq, case.sk, causal=case.causal
+                x.q_rows, x.k[i], x.v[i], x.cu_seqlens_q, x.cu_seqlens_k, case.sq, case.sk, **options
             )
         ).view(_shape(case))
     if case.kind == "prefill":
-        return lambda i: _first(fa3.flash_attn_func(x.q, x.k[i], x.v[i], causal=case.causal))
+        return lambda i: _first(fa3.flash_attn_func(x.q, x.k[i], x.v[i], **options))
+    before = x.lengths if extra.before is None else extra.before
     metadata = fa3.get_scheduler_metadata(
         case.batch,
         case.sq,
@@ -69,33 +73,49 @@ def _flash_attn_3(case: Case, x: CaseInputs) -> Call:
         case.heads,
         case.kv_heads,
         case.d,
-        x.lengths,
+        before,
         qkv_dtype=case.torch_dtype,
         headdim_v=case.dv,
         page_size=case.page_size or None,
+        max_seqlen_k_new=case.sq if f.append else 0,
         causal=case.causal,
+        window_size=_window(case),
+        has_softcap=f.softcap > 0,
     )
     return lambda i: _first(
         fa3.flash_attn_with_kvcache(
             x.q,
             x.k[i],
             x.v[i],
-            cache_seqlens=x.lengths,
+            extra.k_new,
+            extra.v_new,
+            rotary_cos=extra.cos,
+            rotary_sin=extra.sin,
+            rotary_interleaved=False,
+            cache_seqlens=before,
             page_table=x.page_table,
-            causal=case.causal,
             scheduler_metadata=metadata,
+            **options,
         )
     )
 
 
-def fa3_operators(path: str) -> Implementation:
-    """FlashAttention-3's operators as vLLM builds them, from a shared library.
+def _window(case: Case) -> tuple[int, int]:
+    """FlashAttention's (left, right), -1 for an open side; causal closes the right one."""
+    return case.features.window - 1, -1
+
+
+def fa3_operators(path: str, option: str, name: str = "fa3-ops") -> Implementation:
+    """FlashAttention-3's operators as vLLM builds them, from a shared library that `option` names.
 
     Raises:
         ValueError: no such file.
     """
     if not Path(path).is_file():
-        raise ValueError(f"--against is {path!r}, which is not a file; it must be a library or a name")
+        need = (
+            "a library or a name" if option == "--against" else "a library with FlashAttention-3's operators"
+        )
+        raise ValueError(f"{option} is {path!r}, which is not a file; it must be {need}")
 
     def missing() -> str | None:
         return None if torch.cuda.is_available() else "FlashAttention-3 needs an NVIDIA GPU"
@@ -104,7 +124,11 @@ def fa3_operators(path: str) -> Implementation:
         return prepare_fa3_operators(_load_operators(path), case, x)
 
     return Implementation(
-        "fa3-ops", f"FlashAttention-3's operators in {path}", _half_only(prepare), available=missing
+        name,
+        f"FlashAttention-3's operators in {path}",
+        _half_only(prepare),
+        available=missing,
+        features=FA3_FEATURES | {"sink"},
     )
 
 
@@ -116,11 +140,12 @@ def _load_operators(path: str) -> Any:
 
 def prepare_fa3_operators(ops: Any, case: Case, x: CaseInputs) -> Call:
     """This build takes only variable lengths, so they are always given; the schedule is made beforehand."""
-    ragged = x.cu_seqlens_q is not None
+    f, extra, ragged = case.features, x.extra, x.cu_seqlens_q is not None
     q = x.q_rows if ragged else x.q
-    used = None if ragged else x.lengths
+    used = None if ragged else x.lengths if extra.before is None else extra.before
     max_q, max_k = (case.sq, case.sk) if ragged else (None, None)
-    scale = case.d**-0.5
+    left, right = _window(case)
+    sink = None if extra.sink is None else extra.sink.to(case.torch_dtype)
 
     def run(i: int, metadata: torch.Tensor | None) -> torch.Tensor:
         # q, k, v, k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k;
@@ -129,9 +154,10 @@ def prepare_fa3_operators(ops: Any, case: Case, x: CaseInputs) -> Call:
         # rotary_interleaved, scheduler_metadata, num_splits, pack_gqa, sm_margin, sink, cp_world_size,
         # cp_rank, cp_seqused_k
         result = ops.fwd(
-            *(q, x.k[i], x.v[i], None, None, None, None, x.cu_seqlens_q, x.cu_seqlens_k, None, None, used),
-            *(max_q, max_k, x.page_table, None, None, None, None, None, None, None, None, scale, case.causal),
-            *(-1, -1, 0.0, True, metadata, 0, None, 0, None, 1, 0, None),
+            *(q, x.k[i], x.v[i], extra.k_new, extra.v_new, None, None, x.cu_seqlens_q, x.cu_seqlens_k),
+            *(None, None, used, max_q, max_k, x.page_table, None, None, extra.cos, extra.sin, None),
+            *(None, None, None, case.d**-0.5, case.causal, left, right, f.softcap, False, metadata, 0, None),
+            *(0, sink, 1, 0, None),
         )
         return _first(result).view(_shape(case))
 
@@ -141,18 +167,9 @@ def prepare_fa3_operators(ops: Any, case: Case, x: CaseInputs) -> Call:
     # cu_seqlens_k_new, seqused_q, leftpad_k, page_size, max_seqlen_k_new, causal, window_left, window_right,
     # has_softcap, num_splits, pack_gqa, sm_margin
     schedule = ops.get_scheduler_metadata(
-        *(
-            case.batch,
-            case.sq,
-            case.sk,
-            case.heads,
-            case.kv_heads,
-            case.d,
-            case.dv,
-            case.torch_dtype,
-            x.lengths,
-        ),
-        *(None, None, None, None, None, case.page_size or None, 0, case.causal, -1, -1, False, 0, None, 0),
+        *(case.batch, case.sq, case.sk, case.heads, case.kv_heads, case.d, case.dv, case.torch_dtype, used),
+        *(None, None, None, None, None, case.page_size or None, case.sq if f.append else 0),
+        *(case.causal, left, right, f.softcap > 0, 0, None, 0),
     )
     try:
         run(0, schedule)
@@ -181,7 +198,17 @@ def _flash_attn_4(case: Case, x: CaseInputs) -> Call:
                 causal=case.causal,
             )
         ).view(_shape(case))
-    return lambda i: _first(fa4.flash_attn_func(x.q, x.k[i], x.v[i], causal=case.causal))
+    window = tuple(None if side < 0 else side for side in _window(case))
+    sink = None if x.extra.sink is None else x.extra.sink.to(case.torch_dtype)
+    return lambda i: _first(
+        fa4.flash_attn_func(
+            *(x.q, x.k[i], x.v[i]),
+            causal=case.causal,
+            window_size=window,
+            learnable_sink=sink,
+            softcap=case.features.softcap,
+        )
+    )
 
 
 def _flashinfer(case: Case, x: CaseInputs) -> Call | Unsupported:
@@ -250,6 +277,7 @@ register(
         "FlashAttention-3, the flash_attn_interface package",
         _half_only(_flash_attn_3),
         available=_needs("flash_attn_interface", "FlashAttention-3"),
+        features=FA3_FEATURES,
     )
 )
 register(
@@ -258,6 +286,7 @@ register(
         "FlashAttention-4, the flash_attn.cute package",
         _half_only(_flash_attn_4),
         available=_needs("flash_attn.cute", "FlashAttention-4"),
+        features=frozenset({"softcap", "sink", "window", "cache"}),
     )
 )
 register(

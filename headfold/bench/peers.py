@@ -6,9 +6,9 @@ the inputs. Libraries other than PyTorch are imported only when they were asked 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from headfold.bench.cases import Case
 from headfold.bench.inputs import CaseInputs
@@ -33,7 +33,7 @@ class Implementation:
 
     `applies` tells whether it says anything about a case on a device type; where not, it has no row at all.
     `by_default` implementations run without being asked for. Names that begin with "torch-" are PyTorch's own
-    ways.
+    ways. `features` names those that it can compute: a case with any other has no row of it.
     """
 
     name: str
@@ -42,6 +42,11 @@ class Implementation:
     applies: Callable[[Case, str], bool] = lambda case, device_type: True
     available: Callable[[], str | None] = lambda: None
     by_default: Callable[[str], bool] = lambda device_type: False
+    features: frozenset[str] = frozenset()
+
+    def runs(self, case: Case, device_type: str) -> bool:
+        """True when it has something to say about a case on a device type."""
+        return case.features.names <= self.features and self.applies(case, device_type)
 
     @property
     def is_torch(self) -> bool:
@@ -49,6 +54,8 @@ class Implementation:
         return self.name.startswith(TORCH_PREFIX)
 
 
+FA3_LIBRARY = "HEADFOLD_FA3_LIBRARY"
+"""The environment variable that names a library with FlashAttention-3's operators."""
 REGISTRY: dict[str, Implementation] = {}
 
 
@@ -62,25 +69,36 @@ def register(implementation: Implementation) -> Implementation:
     return implementation
 
 
-def chosen(against: Iterable[str], device_type: str, with_torch: bool = True) -> list[Implementation]:
+def chosen(
+    against: Iterable[str], device_type: str, with_torch: bool = True, fa3_library: str | None = None
+) -> list[Implementation]:
     """headfold, PyTorch's own ways and the named peers, in the order in which they are shown.
 
-    A name that ends in ".so" is a library with FlashAttention-3's operators.
+    A name may leave out its "torch-". One that ends in ".so" is a library with FlashAttention-3's operators; "fa3"
+    means `fa3_library` where that is given, else the library that HEADFOLD_FA3_LIBRARY names, else the package.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a library that is not there.
     """
-    from headfold.bench import libraries, torch_ways  # noqa: F401 - importing them registers what they hold
+    from headfold.bench import calls, libraries, torch_ways  # noqa: F401 - importing them registers them
 
-    found = [i for i in REGISTRY.values() if i.by_default(device_type) and (with_torch or not i.is_torch)]
+    known = sorted(REGISTRY.values(), key=lambda i: not i.name.startswith(OWN))
+    found = [i for i in known if i.by_default(device_type) and (with_torch or not i.is_torch)]
+    library = fa3_library or os.environ.get(FA3_LIBRARY)
     for name in against:
-        if name.endswith(".so"):
-            peer = libraries.fa3_operators(name)
+        if name == "fa3" and library:
+            option = "--fa3-library" if fa3_library else FA3_LIBRARY
+            peer = libraries.fa3_operators(library, option, name)
+        elif name.endswith(".so"):
+            peer = libraries.fa3_operators(name, "--against")
         elif name in REGISTRY:
             peer = REGISTRY[name]
+        elif TORCH_PREFIX + name in REGISTRY:
+            peer = REGISTRY[TORCH_PREFIX + name]
         else:
             raise ValueError(
-                f"--against is {name!r}; it must be one of {', '.join(REGISTRY)} or a path to a .so file"
+                f"--against is {name!r}; it must be one of {', '.join(i.name for i in known)} "
+                "or a path to a .so file"
             )
         if all(peer.name != i.name for i in found):
             found.append(peer)
@@ -93,59 +111,3 @@ def no_room(nbytes: int, inputs: CaseInputs) -> Unsupported | None:
     if nbytes <= 0.8 * free:
         return None
     return Unsupported(f"it needs {nbytes / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
-
-
-def _headfold(pack_gqa: bool | None) -> Prepare:
-    def prepare(case: Case, x: CaseInputs) -> Call:
-        import headfold
-
-        def paged(i: int) -> Any:
-            return headfold.flash_attn_with_kvcache(
-                x.q,
-                x.k[i],
-                x.v[i],
-                cache_seqlens=x.lengths,
-                page_table=x.page_table,
-                causal=case.causal,
-                pack_gqa=pack_gqa,
-            )
-
-        def ragged(i: int) -> Any:
-            out: Any = headfold.flash_attn_varlen_func(
-                x.q_rows,
-                x.k[i],
-                x.v[i],
-                x.cu_seqlens_q,
-                x.cu_seqlens_k,
-                case.sq,
-                case.sk,
-                causal=case.causal,
-                pack_gqa=pack_gqa,
-            )
-            return out.view(case.batch, case.sq, case.heads, case.dv)
-
-        def dense(i: int) -> Any:
-            return headfold.flash_attn_func(x.q, x.k[i], x.v[i], causal=case.causal, pack_gqa=pack_gqa)
-
-        return paged if case.is_paged else ragged if case.is_ragged else dense
-
-    return prepare
-
-
-register(
-    Implementation(
-        OWN,
-        "this library",
-        _headfold(None),
-        by_default=lambda device_type: True,
-    )
-)
-register(
-    Implementation(
-        "headfold-unpacked",
-        "this library with pack_gqa=False: every query head reads K and V for itself",
-        _headfold(False),
-        applies=lambda case, device_type: device_type == "cuda" and case.is_memory_bound and case.group > 1,
-        by_default=lambda device_type: device_type == "cuda",
-    )
-)

@@ -71,14 +71,39 @@ class Progress:
 def show_cases(cases: Sequence[Case], peers: Sequence[Implementation], out: Console) -> None:
     """Print the cases and the implementations that can be named."""
     t = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("Case", "Kind", "Heads", "Dim", "Batch", "Queries", "Keys", "Page", "Mask", "dtype"):
+    for name in (
+        "Case",
+        "Kind",
+        "Heads",
+        "Dim",
+        "Batch",
+        "Queries",
+        "Keys",
+        "Page",
+        "Mask",
+        "dtype",
+        "Features",
+    ):
         t.add_column(name, no_wrap=True)
     for c in cases:
         dim = str(c.d) if c.d == c.dv else f"{c.d}/{c.dv}"
         keys = str(c.sk) if c.lengths is None else f"{min(c.lengths)} to {c.sk}"
         mask, page = "causal" if c.causal else "", str(c.page_size or "")
+        features = ", ".join(sorted(c.features.names))
         t.add_row(
-            c.name, c.kind, f"{c.heads}:{c.kv_heads}", dim, str(c.batch), str(c.sq), keys, page, mask, c.dtype
+            *(
+                c.name,
+                c.kind,
+                f"{c.heads}:{c.kv_heads}",
+                dim,
+                str(c.batch),
+                str(c.sq),
+                keys,
+                page,
+                mask,
+                c.dtype,
+            ),
+            features,
         )
     out.print(t)
     out.print(Text("Implementations", style="bold"))
@@ -92,10 +117,49 @@ def show(result: Result, out: Console) -> None:
     out.print(Text(_machine_line(result)))
     out.print(Text(_ceiling_line(result)))
     out.print(table(result))
+    costs = feature_table(result)
+    if costs.row_count:
+        out.print(Text("What features cost: headfold beside the plain case of the same run", style="bold"))
+        out.print(costs)
+    _show_lead(result, out)
     _show_notes(result, out)
     out.print(Text("Repeat one case alone", style="bold"))
     for name in result.cases:
         out.print(Text(f"  {repeat_command(result, name)}"), soft_wrap=True)
+
+
+def feature_table(result: Result) -> Table:
+    """One line for each case that has features and whose plain case was measured too."""
+    t = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    t.add_column("Case", no_wrap=True)
+    t.add_column("Time", justify="right", no_wrap=True)
+    t.add_column("Plain case", no_wrap=True)
+    for name in ("Its time", "Ratio", "Difference"):
+        t.add_column(name, justify="right", no_wrap=True)
+    for case in result.cases:
+        pair = result.beside_base(case)
+        if pair is None or not pair[0].median_us or not pair[1].median_us:
+            continue
+        us, base_us = pair[0].median_us, pair[1].median_us
+        sign = "-" if us < base_us else "+"
+        t.add_row(
+            *(case, _time(us), pair[1].case, _time(base_us), f"{us / base_us:.3f}"),
+            f"{sign}{_time(abs(us - base_us))}",
+        )
+    return t
+
+
+def _show_lead(result: Result, out: Console) -> None:
+    for name, kind in (("Decode", None), ("Prefill", "prefill")):
+        lead = result.lead(kind)
+        if lead is not None:
+            mean, first, cases = lead
+            out.print(
+                Text(
+                    f"{name}: the best other implementation takes {mean:.2f}x headfold's time, geometric mean of "
+                    f"{cases} case{'s' if cases > 1 else ''}; headfold is first in {first}"
+                )
+            )
 
 
 def _show_notes(result: Result, out: Console) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import os
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -93,6 +95,34 @@ class Result:
         """The fastest of PyTorch's own ways for a case, if any has a time."""
         timed = [r for r in self.of_case(case) if r.implementation.startswith(TORCH_PREFIX) and r.median_us]
         return min(timed, key=lambda r: r.median_us or 0.0, default=None)
+
+    def best_other(self, case: str) -> Row | None:
+        """The fastest implementation of a case that is not headfold, if any has a time."""
+        timed = [r for r in self.of_case(case) if not r.implementation.startswith(OWN) and r.median_us]
+        return min(timed, key=lambda r: r.median_us or 0.0, default=None)
+
+    def lead(self, kind: str | None = None) -> tuple[float, int, int] | None:
+        """headfold against the best other implementation of each case, features left out: the geometric mean of
+        that one's time over headfold's, in how many cases headfold is first, and of how many; None of no case.
+
+        `kind` is "prefill", or None for all other kinds.
+        """
+        ratios = []
+        for name, case in self.cases.items():
+            own, other = self.own(name), self.best_other(name)
+            if own is None or other is None or case.get("features") or case.get("base"):
+                continue
+            if (own.kind == "prefill") == (kind == "prefill"):
+                ratios.append((other.median_us or 0.0) / (own.median_us or 1.0))
+        if not ratios:
+            return None
+        return math.exp(statistics.fmean(map(math.log, ratios))), sum(r >= 1 for r in ratios), len(ratios)
+
+    def beside_base(self, case: str) -> tuple[Row, Row] | None:
+        """headfold's rows of a case with features and of the plain case it is compared with, if both have times."""
+        base = self.cases[case].get("base")
+        rows = self.own(case), None if base is None else self.own(base)
+        return None if rows[0] is None or rows[1] is None else (rows[0], rows[1])
 
     def speedup(self, row: Row) -> float | None:
         """PyTorch's best time over the row's, or None where one of them is missing."""

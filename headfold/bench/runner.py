@@ -44,7 +44,7 @@ class Runner:
 
     def run_case(self, case: Case) -> list[Row]:
         """The rows of one case, one for each implementation that says anything about it."""
-        able = [i for i in self.implementations if i.applies(case, self.device.type)]
+        able = [i for i in self.implementations if i.runs(case, self.device.type)]
         if self._lost is not None:
             return [_failed(case, i.name, self._lost) for i in able]
         try:
@@ -120,6 +120,7 @@ class Runner:
         shape = (case.batch, case.sq, case.heads, case.dv)
         poison = torch.full(shape, float("nan"), dtype=case.torch_dtype, device=self.device)
         del poison
+        inputs.forget_new_tokens()
         return max_error(inputs, call(0))
 
     def _tidy(self, case: Case) -> None:

@@ -12,11 +12,12 @@ from typing import Literal
 
 import torch
 
+from headfold.bench.calls import HEADFOLD
 from headfold.bench.cases import Case
 from headfold.bench.errors import max_error
 from headfold.bench.inputs import make_inputs
 from headfold.bench.measure import first_line
-from headfold.bench.peers import OWN, REGISTRY, Unsupported
+from headfold.bench.peers import Unsupported
 
 State = Literal["ok", "missing", "failed", "note"]
 TRITON_RANGE = ((3, 6), (3, 9))
@@ -166,7 +167,7 @@ def _run(case: Case, device: torch.device) -> Finding:
     what = f"{case.name} on {'CPU' if device.type == 'cpu' else 'GPU'}"
     try:
         inputs = make_inputs(case, device, copies=1)
-        call = REGISTRY[OWN].prepare(case, inputs)
+        call = HEADFOLD.prepare(case, inputs)
         assert not isinstance(call, Unsupported), "headfold supports every case of this file"
         with torch.no_grad():
             error = max_error(inputs, call(0))

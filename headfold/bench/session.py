@@ -31,6 +31,7 @@ class Options:
     with_torch: bool = True
     dtype: str | None = None
     rounds: int | None = None
+    fa3_library: str | None = None
 
 
 def default_device() -> str:
@@ -58,7 +59,7 @@ def cases_of(options: Options) -> list[Case]:
 
 def peers_of(options: Options) -> list[peers.Implementation]:
     """Every implementation there is a name for, those of `options` among them."""
-    peers.chosen(options.against, options.device)
+    peers.chosen(options.against, options.device, fa3_library=options.fa3_library)
     return list(peers.REGISTRY.values())
 
 
@@ -86,7 +87,7 @@ def run(
     device = (
         torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
     )
-    implementations = peers.chosen(options.against, options.device, options.with_torch)
+    implementations = peers.chosen(options.against, options.device, options.with_torch, options.fa3_library)
     ceilings = ceilings_of(device)
     progress("measuring this machine's ceilings")
     result = Result(
@@ -112,6 +113,7 @@ def run(
 def _recorded(options: Options) -> dict[str, object]:
     found: dict[str, object] = {
         "against": list(options.against),
+        "fa3-library": options.fa3_library,
         "dtype": options.dtype,
         "rounds": options.rounds,
         "no-torch": not options.with_torch,

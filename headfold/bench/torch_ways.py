@@ -21,6 +21,8 @@ from headfold.bench.inputs import CaseInputs
 from headfold.bench.measure import Call
 from headfold.bench.peers import Implementation, Prepare, Unsupported, no_room, register
 
+_CACHE = frozenset({"cache", "append", "rotary", "window"})
+_MASKS = frozenset({"alibi", "mask", "tree"})
 _DENSE = ("decode", "speculative", "prefill")
 
 
@@ -38,23 +40,48 @@ def _bool_mask(case: Case, device: torch.device) -> torch.Tensor:
     return torch.arange(case.sk, device=device).unsqueeze(0) <= i
 
 
+def _mask(case: Case, x: CaseInputs, explicit_causal: bool) -> tuple[torch.Tensor | None, bool]:
+    """attn_mask and is_causal that say what the case says; a window is a slice of K and V, see `_dense`."""
+    extra = x.extra
+    if extra.mask is not None:
+        return extra.mask, False
+    if extra.tree is not None:
+        past = torch.ones(case.batch, case.sq, case.sk - case.sq, dtype=torch.bool, device=x.device)
+        return torch.cat([past, extra.tree], dim=2).unsqueeze(1), False
+    if extra.slopes is not None:
+        _, seen = _seen(case)
+        distance = torch.arange(seen - 1, -1, -1, device=x.device)  # of one query, the newest token
+        bias = -extra.slopes[:, None, None] * distance
+        return bias.to(case.torch_dtype).unsqueeze(0), False
+    if not _has_late_queries(case, x.device.type):
+        return None, case.causal
+    return _bool_mask(case, x.device) if explicit_causal else causal_lower_right(case.sq, case.sk), False
+
+
+def _seen(case: Case) -> tuple[int, int]:
+    """(first key, number of keys) that the one query of a window sees."""
+    seen = min(case.features.window or case.sk, case.sk)
+    return case.sk - seen, seen
+
+
 def _dense(backend: SDPBackend | None, explicit_mask: bool = False, expand: bool = False) -> Prepare:
     """scaled_dot_product_attention over dense K and V, in one of the forms that it has."""
 
     def prepare(case: Case, x: CaseInputs) -> Call | Unsupported:
         if expand and (short := no_room(2 * case.group * case.kv_bytes, x)):
             return short
-        bias, is_causal = None, case.causal
-        if _has_late_queries(case, x.device.type):
-            is_causal = False
-            bias = _bool_mask(case, x.device) if explicit_mask else causal_lower_right(case.sq, case.sk)
-        q = x.q.transpose(1, 2)
-        ks, vs = ([t.transpose(1, 2) for t in copies] for copies in (x.k, x.v))
+        if case.sq > 1 and case.features.names & {"window", "alibi"}:
+            return Unsupported("windows and slopes of many queries are not written out as masks here")
+        bias, is_causal = _mask(case, x, explicit_mask)
+        first, _ = _seen(case)
+        tokens = _Tokens(case, x)
+        ks, vs = ([t[:, first:].transpose(1, 2) for t in copies] for copies in (x.k, x.v))
 
         def only() -> AbstractContextManager[None]:
             return nullcontext() if backend is None else sdpa_kernel([backend])
 
         def call(i: int) -> torch.Tensor:
+            q = tokens.put(i).transpose(1, 2)
             k, v = ks[i], vs[i]
             if expand:
                 k, v = (t.repeat_interleave(case.group, dim=1) for t in (k, v))
@@ -67,6 +94,33 @@ def _dense(backend: SDPBackend | None, explicit_mask: bool = False, expand: bool
         return call
 
     return prepare
+
+
+class _Tokens:
+    """The newest tokens: their keys and values copied into the cache, rotated first where the case rotates."""
+
+    def __init__(self, case: Case, x: CaseInputs) -> None:
+        self.x, self.places = x, slice(case.sk - case.sq, case.sk)
+        self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
+        if x.extra.cos is not None and x.extra.sin is not None:
+            cos, sin = (torch.cat([t, t], dim=-1)[self.places] for t in (x.extra.cos, x.extra.sin))
+            self.angles = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def put(self, i: int) -> torch.Tensor:
+        """Append to copy i what the case appends; returns the queries, rotated where it rotates."""
+        extra = self.x.extra
+        if extra.k_new is not None and extra.v_new is not None:
+            self.x.k[i][:, self.places] = self._rotated(extra.k_new)
+            self.x.v[i][:, self.places] = extra.v_new
+        return self._rotated(self.x.q)
+
+    def _rotated(self, t: torch.Tensor) -> torch.Tensor:
+        """As models write it: halves swapped, one negated."""
+        if self.angles is None:
+            return t
+        first, second = t.chunk(2, dim=-1)
+        cos, sin = self.angles
+        return t * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def _folded(case: Case, x: CaseInputs) -> Call | Unsupported:
@@ -192,6 +246,7 @@ for _name, _backend, _where in (
     ("torch-math", SDPBackend.MATH, ()),
 ):
     # FlashAttention takes no mask tensor, cuDNN and the others no CausalBias.
+    _with_masks = _CACHE | (_MASKS if _backend != SDPBackend.FLASH_ATTENTION else frozenset())
     _explicit = _backend not in (None, SDPBackend.FLASH_ATTENTION)
     register(
         Implementation(
@@ -200,6 +255,7 @@ for _name, _backend, _where in (
             _dense(_backend, explicit_mask=_explicit),
             applies=_is_dense,
             by_default=_on(*_where),
+            features=_with_masks,
         )
     )
 register(
@@ -209,6 +265,7 @@ register(
         _dense(None, explicit_mask=True),
         applies=_has_late_queries,
         by_default=_on("cpu", "cuda"),
+        features=_CACHE,
     )
 )
 register(
@@ -218,6 +275,7 @@ register(
         _dense(None, expand=True),
         applies=lambda case, device_type: _is_dense(case, device_type) and case.group > 1,
         by_default=_on("cpu", "cuda"),
+        features=_CACHE | _MASKS,
     )
 )
 register(

@@ -95,6 +95,16 @@ def test_suites_are_parts_of_the_whole(device: str, suite: str) -> None:
     assert set(part) <= set(catalogue(device))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_suites_hold_what_they_are_called(device: str) -> None:
+    assert all(c.kind != "prefill" and not c.features.names for c in catalogue(device, "decode"))
+    assert {c.kind for c in catalogue(device, "prefill")} == {"prefill"}
+    assert all(c.is_paged for c in catalogue(device, "paged"))
+    assert all(c.is_ragged for c in catalogue(device, "ragged"))
+    whole = {*catalogue(device, "decode"), *catalogue(device, "prefill"), *catalogue(device, "features")}
+    assert set(catalogue(device)) == whole
+
+
 def test_select_takes_globs_in_catalogue_order() -> None:
     cases = catalogue("cpu")
     found = select(cases, ["llama3-8b-prefill-*", "glm*"])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from headfold.bench.inputs import make_inputs
-from headfold.bench.libraries import prepare_fa3_operators
-from tests.bench.tiny import TINY
+from headfold.bench.libraries import fa3_operators, prepare_fa3_operators
+from tests.bench.tiny import TINY, TINY_FEATURES
 
 CASES = {c.name: c for c in TINY}
 
@@ -58,6 +58,26 @@ def test_arguments_of_the_operators(name: str) -> None:
         )
         assert schedule[14:17] == (case.page_size or None, 0, case.causal)
         assert args[29] is not None
+
+
+@pytest.mark.parametrize("name", ["tiny-softcap", "tiny-sink", "tiny-window", "tiny-append-rotary"])
+def test_features_reach_the_operators(name: str) -> None:
+    case, ops = {c.name: c for c in TINY_FEATURES}[name], Operators()
+    assert fa3_operators(__file__, "--against").runs(case, "cuda")
+    x = make_inputs(case, torch.device("cpu"), copies=1)
+    f, extra = case.features, x.extra
+    prepare_fa3_operators(ops, case, x)(0)
+    args, (schedule,) = ops.calls[-1], ops.schedules
+    assert len(args) == 37
+    assert args[3] is extra.k_new
+    assert args[4] is extra.v_new
+    assert args[11] is schedule[8]
+    assert args[11] is (extra.before if f.append else x.lengths)
+    assert args[17] is extra.cos
+    assert args[18] is extra.sin
+    assert args[25:29] == (f.window - 1, -1, f.softcap, False)
+    assert (args[33] is None) == (not f.sink)
+    assert schedule[15:20] == (case.sq if f.append else 0, False, f.window - 1, -1, f.softcap > 0)
 
 
 def test_a_refused_schedule_is_left_out() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -78,6 +80,32 @@ def test_unknown_names_and_missing_files_are_refused() -> None:
         peers.chosen(["/no/where.so"], "cpu")
     with pytest.raises(ValueError, match="registered already"):
         peers.register(peers.REGISTRY["headfold"])
+
+
+def test_pytorchs_ways_go_by_their_short_names_too() -> None:
+    names = {i.name for i in peers.chosen(["cudnn", "flash", "math"], "cpu", with_torch=False)}
+    assert names == {"headfold", "torch-cudnn", "torch-flash", "torch-math"}
+
+
+def test_fa3_is_found_by_option_then_environment_then_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def about(option: str | None = None) -> str:
+        return next(i for i in peers.chosen(["fa3"], "cuda", fa3_library=option) if i.name == "fa3").about
+
+    here, there = tmp_path / "here.so", tmp_path / "there.so"
+    here.touch()
+    there.touch()
+    monkeypatch.delenv(peers.FA3_LIBRARY, raising=False)
+    assert "package" in about()
+    monkeypatch.setenv(peers.FA3_LIBRARY, str(there))
+    assert about().endswith(str(there))
+    assert about(str(here)).endswith(str(here))
+    with pytest.raises(ValueError, match=r"--fa3-library is '/no/where\.so', which is not a file"):
+        about("/no/where.so")
+    monkeypatch.setenv(peers.FA3_LIBRARY, "/no/where.so")
+    with pytest.raises(ValueError, match=r"HEADFOLD_FA3_LIBRARY is '/no/where\.so'"):
+        about()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the libraries may be there")

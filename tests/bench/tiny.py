@@ -6,6 +6,7 @@ import pytest
 
 from headfold.bench import ceilings, inputs, measure, session
 from headfold.bench.cases import Case
+from headfold.bench.features import Features
 
 TINY = (
     Case("tiny-decode", "decode", 8, 2, 32, 32, 2, 1, 96, dtype="fp32"),
@@ -15,6 +16,47 @@ TINY = (
     Case("tiny-speculative", "speculative", 8, 2, 32, 32, 1, 4, 90, causal=True),
     Case("tiny-prefill", "prefill", 8, 2, 32, 32, 1, 200, 200, causal=True),
     Case("tiny-mha", "prefill", 3, 3, 32, 16, 1, 40, 60),
+)
+
+
+def _tiny(name: str, sq: int, sk: int, features: Features, base: str, causal: bool = False) -> Case:
+    kind = "speculative" if sq > 1 else "decode"
+    return Case(
+        f"tiny-{name}",
+        kind,
+        8,
+        2,
+        32,
+        32,
+        2,
+        sq,
+        sk,
+        causal=causal,
+        dtype="fp32",
+        features=features,
+        base=base,
+    )
+
+
+# Every feature once, and most of them together, beside the first tiny case or one of their own.
+TINY_FEATURES = (
+    _tiny("sink", 1, 96, Features(sink=True), "tiny-decode"),
+    _tiny("softcap", 1, 96, Features(softcap=2.0), "tiny-decode"),
+    _tiny("alibi", 1, 96, Features(alibi=True), "tiny-decode"),
+    _tiny("window", 1, 200, Features(window=96), "tiny-decode"),
+    _tiny("everything", 1, 200, Features(sink=True, softcap=2.0, alibi=True, window=96), "tiny-decode"),
+    _tiny("split", 1, 96, Features(tokens_per_split=32), "tiny-decode"),
+    _tiny("cache", 1, 96, Features(cache=True), "tiny-decode"),
+    _tiny("append", 1, 96, Features(cache=True, append=True), "tiny-cache"),
+    _tiny("append-rotary", 1, 96, Features(cache=True, append=True, rotary=True), "tiny-cache"),
+    _tiny("append-4", 4, 96, Features(cache=True, append=True, rotary=True), "tiny-cache", causal=True),
+    _tiny("tree", 4, 96, Features(cache=True, tree=True), "tiny-cache"),
+    Case(
+        "tiny-bias", "prefill", 8, 2, 32, 32, 1, 80, 80, features=Features(mask="additive"), base="tiny-mha"
+    ),
+    Case(
+        "tiny-texts", "prefill", 8, 2, 32, 32, 1, 80, 80, features=Features(mask="documents"), base="tiny-mha"
+    ),
 )
 
 
