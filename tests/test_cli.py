@@ -22,6 +22,7 @@ from headfold.planner import DEVICES
 from tests.bench.tiny import tiny
 
 __all__ = ["tiny"]
+H200 = Path(__file__).parents[1] / "benchmarks" / "results" / "h200.json"
 
 
 def call(*args: str, code: int = 0) -> str:
@@ -148,6 +149,20 @@ def test_plan_for_every_device(device: str) -> None:
     assert data["problem"]["num_heads"] == 96
     assert data["problem"]["device_type"] == ("cpu" if device == "cpu" else "cuda")
     assert data["plan"]["kernel"] == "decode"
+
+
+def test_plan_shows_the_predicted_time_or_why_there_is_none() -> None:
+    shape = ("--heads", "32:8", "--batch", "16", "--keys", "8192")
+    us = json.loads(call("plan", *shape, "--device", "h200", "--json"))["predicted_us"]
+    assert f"predicted: {us:.1f} us" in call("plan", *shape, "--device", "h200")
+    assert json.loads(call("plan", *shape, "--device", "cpu", "--json"))["predicted_us"] is None
+    assert "no predicted time: a CPU's rates" in call("plan", *shape, "--device", "cpu")
+
+
+def test_bench_shows_predictions_of_an_earlier_result() -> None:
+    text = call("bench", "--from", str(H200), "--case", "llama3-8b-decode-*", "--predict")
+    assert "within 20 % of the measured time: " in text
+    assert "a CPU's rates" in refusal("bench", "--device", "cpu", "--predict")
 
 
 def test_plan_takes_every_option() -> None:

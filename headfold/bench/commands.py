@@ -96,6 +96,9 @@ def bench(
     from_file: Annotated[
         Path | None, typer.Option("--from", help="Show and draw this earlier result; measure nothing.")
     ] = None,
+    predict: Annotated[
+        bool, typer.Option("--predict", help="Show the planner's predicted times beside the measured ones.")
+    ] = False,
     list_cases: Annotated[
         bool, typer.Option("--list", help="List the cases and the peers, and end.")
     ] = False,
@@ -114,6 +117,7 @@ def bench(
     if from_file is not None:
         result = _usage(lambda: Result.load(from_file).only(case or ()))
         report.show(result, out)
+        _predict(result, predict, out)
         _draw(result, picture, out)
         return
     from headfold.bench import session
@@ -129,6 +133,8 @@ def bench(
         rounds=rounds,
         fa3_library=None if fa3_library is None else str(fa3_library),
     )
+    if predict and options.device != "cuda":
+        stop("--predict needs a GPU: a CPU's rates are not known")
     cases = _usage(lambda: session.cases_of(options))
     if list_cases:
         report.show_cases(cases, session.peers_of(options), out)
@@ -136,6 +142,7 @@ def bench(
     with report.Progress(len(cases)) as progress:
         result = _usage(lambda: session.run(options, cases, json_file, progress.say, progress.advance))
     report.show(result, out)
+    _predict(result, predict, out)
     _draw(result, picture, out)
     if result.own_failures():
         raise typer.Exit(EXIT_FAILED)
@@ -157,6 +164,15 @@ def _check_picture(path: Path) -> None:
     check_format(path)
     if find_spec("matplotlib") is None:
         raise ValueError("--picture needs matplotlib; install it with: pip install 'headfold[cli]'")
+
+
+def _predict(result: Result, asked: bool, out: Console) -> None:
+    if not asked:
+        return
+    from headfold.bench.predict import predictions
+    from headfold.bench.report import show_predictions
+
+    show_predictions(_usage(lambda: predictions(result)), out)
 
 
 def _draw(result: Result, path: Path | None, out: Console) -> None:
@@ -206,6 +222,7 @@ def plan(
         typer.echo(json.dumps(answer.record(), indent=1))
         return
     headline, *lines = answer.text.splitlines()
+    lines.append(f"  {answer.predicted_text}")
     body = Text("\n").join([Text(headline, style="bold"), *map(Text, lines)])
     console().print(Panel(body, title=f"plan for {escape(target.name)}", title_align="left", expand=False))
 

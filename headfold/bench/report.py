@@ -18,6 +18,7 @@ from headfold.bench.results import Result, Row, is_skipped
 if TYPE_CHECKING:
     from headfold.bench.cases import Case
     from headfold.bench.peers import Implementation
+    from headfold.bench.predict import Prediction
 
 WIDE = 190  # columns where no terminal says how many there are, so that a log stays in one line a row
 
@@ -147,6 +148,26 @@ def feature_table(result: Result) -> Table:
             f"{sign}{_time(abs(us - base_us))}",
         )
     return t
+
+
+def show_predictions(found: Sequence[Prediction], out: Console) -> None:
+    """Print predicted beside measured times, and how many are near."""
+    if not found:
+        out.print(Text("No case here has a predicted time: only decode on a GPU has"))
+        return
+    t = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    t.add_column("Case", no_wrap=True)
+    for name in ("Predicted", "Measured", "Error"):
+        t.add_column(name, justify="right", no_wrap=True)
+    for p in found:
+        error = Text(f"{p.error:+.1%}", style="green" if p.is_near else "red")
+        t.add_row(p.case, _time(p.predicted_us), _time(p.measured_us), error)
+    out.print(Text("The planner's predictions", style="bold"))
+    out.print(t)
+    near = sum(p.is_near for p in found)
+    out.print(
+        Text(f"within 20 % of the measured time: {near} of {len(found)} rows ({near / len(found):.0%})")
+    )
 
 
 def _show_lead(result: Result, out: Console) -> None:

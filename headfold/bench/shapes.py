@@ -10,6 +10,7 @@ import torch
 from headfold.bench.cases import DTYPES
 from headfold.bench.catalogue import catalogue
 from headfold.planner import Device, Plan, device_named, make_plan, running_device
+from headfold.planner.cost import NoPrediction, predicted_seconds
 from headfold.problem import Inputs, Problem, check, problem_of
 
 
@@ -33,12 +34,14 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """A plan with what it was made for, and its explanation."""
+    """A plan with what it was made for, its explanation, and the time it will take where the planner predicts it."""
 
     problem: Problem
     device: Device
     plan: Plan
     text: str
+    predicted_us: float | None
+    predicted_text: str
 
     def record(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -48,6 +51,7 @@ class Answer:
             "device": dataclasses.asdict(self.device),
             "problem": problem,
             "plan": dataclasses.asdict(self.plan),
+            "predicted_us": self.predicted_us,
             "explanation": self.text.splitlines(),
         }
 
@@ -69,7 +73,13 @@ def device_from(name: str | None) -> Device:
 def explain(problem: Problem, device: Device) -> Answer:
     """Plan a problem and say why."""
     plan = make_plan(problem, device)
-    return Answer(problem, device, plan, plan.explain(problem, device))
+    us, text = None, ""
+    try:
+        us = predicted_seconds(problem, plan, device) * 1e6
+        text = f"predicted: {us:,.1f} us"
+    except NoPrediction as e:
+        text = str(e)
+    return Answer(problem, device, plan, plan.explain(problem, device), us, text)
 
 
 def problem_of_case(name: str, device: Device) -> Problem:

@@ -1,0 +1,112 @@
+"""The time that a decode plan will take, predicted from bytes, waves, tail, starts and fixup.
+
+A pure function of Problem, Plan and Device. Its constants are shares of what the device promises, fitted to the
+decode rows of one H200 (benchmarks/results/h200.json: bf16, CUDA graphs over rotated buffers), where all 26 rows
+come out within 20 % and 21 within 5 %. `headfold bench --predict` sets them beside what a run measures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headfold.planner.device import Device
+from headfold.planner.plan import Plan, bytes_to_move
+from headfold.problem import Problem
+
+# Of the bandwidth that the data sheet promises: a pure read reaches 97 %, the decode kernel's loop 1.5 % less.
+READ_SHARE = 0.955
+# Seconds from the launch to the first byte, and from the last byte to the end: a pure read of 33 to 4295 MB takes
+# 2.7 us and its bytes at the rate above, at every size.
+LAUNCH = 2.7e-6
+# What a program's start costs, in the time that a multiprocessor takes for one block: its pipeline fills while nothing else of
+# its multiprocessor reads. One full wave of 32:8 d128 takes 3 us more than its bytes, four take 14.
+START_BLOCKS = 1.2
+# The kernel that merges states: 2.5 us at 2 splits (32:4 b16), 6 us at 64 (16:2 d256 b1).
+FIXUP = 2.5e-6
+FIXUP_PER_SPLIT = 0.055e-6
+# How much faster than its even share of the bandwidth a multiprocessor reads when most of the others are done. The
+# tail of 64 ragged sequences in a rectangular grid says 1.5.
+LONE_RATE = 1.5
+# Page look-ups beside the loop: 1 to 5 % at pages of 1, 16 and 64 keys, the least where every head has its own K.
+PAGED = 1.04
+
+
+class NoPrediction(ValueError):
+    """A plan that this model says nothing about, with the reason."""
+
+
+def predicted_seconds(problem: Problem, plan: Plan, device: Device) -> float:
+    """The time of one call on the GPU, launches included, the host's part of a launch not.
+
+    Lengths are taken at their bounds. Where the sequences' lengths sum up to less than batch x the longest, the
+    difference is taken to be tail: the programs of the longest sequence run on when the others have ended.
+
+    Raises:
+        NoPrediction: a CPU, whose rates are not known, or a prefill plan, whose time is the arithmetic's.
+    """
+    if device.is_cpu:
+        raise NoPrediction("no predicted time: a CPU's rates are not known")
+    if plan.kernel == "none":
+        return 0.0
+    if plan.kernel != "decode":
+        raise NoPrediction("no predicted time: only decode is predicted, which is bound by memory")
+    rates = _rates(plan, device)
+    loop = _ragged_loop if _is_ragged(problem) else _even_loop
+    seconds = LAUNCH + loop(problem, plan, rates) * (PAGED if problem.kv_layout == "paged" else 1.0)
+    if plan.num_splits > 1:
+        seconds += FIXUP + FIXUP_PER_SPLIT * plan.num_splits
+    return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    """Programs that run at a time, and bytes/s: of one when all of them run, and of a multiprocessor's share."""
+
+    slots: int
+    share: float
+    even: float
+
+    @property
+    def all(self) -> float:
+        return self.slots * self.share
+
+    @property
+    def lone(self) -> float:
+        return LONE_RATE * self.even
+
+
+def _rates(plan: Plan, device: Device) -> _Rates:
+    # A multiprocessor holds as many programs as its shared memory and its 64 warps do.
+    a_multiprocessor = max(1, min(device.smem // max(1, plan.shared_memory), 64 // plan.num_warps))
+    slots = device.sms * a_multiprocessor
+    total = READ_SHARE * device.bandwidth
+    return _Rates(slots, total / slots, total / device.sms)
+
+
+def _start(problem: Problem, plan: Plan, rates: _Rates) -> float:
+    block = plan.block_n * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
+    return START_BLOCKS * block / rates.even
+
+
+def _even_loop(problem: Problem, plan: Plan, rates: _Rates) -> float:
+    """Full waves at full bandwidth, then the rest, no faster than lone programs read."""
+    each = bytes_to_move(problem) / plan.programs
+    waves, rest = divmod(plan.programs, rates.slots)
+    seconds = waves * each / rates.share
+    if rest:
+        seconds += each * max(rest / rates.all, 1 / rates.lone)
+    return seconds + (waves + (rest > 0)) * _start(problem, plan, rates)
+
+
+def _ragged_loop(problem: Problem, plan: Plan, rates: _Rates) -> float:
+    """All bytes at full bandwidth, then the longest sequence's programs alone, by how ragged the batch is."""
+    keys = -(-problem.max_seqlen_k // plan.num_splits)
+    longest = keys * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
+    raggedness = 1 - problem.total_k / (problem.batch * problem.max_seqlen_k)
+    return (
+        bytes_to_move(problem) / rates.all + _start(problem, plan, rates) + raggedness * longest / rates.lone
+    )
+
+
+def _is_ragged(problem: Problem) -> bool:
+    return problem.lengths_on_device and problem.total_k < problem.batch * problem.max_seqlen_k
