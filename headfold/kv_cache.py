@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from headfold.append import append
 from headfold.kv_pages import Change, Ledger
 from headfold.problem import DTYPES, MAX_HEAD_DIM, MAX_SEQLEN
 from headfold.values import value_checks_enabled
@@ -224,11 +225,12 @@ class PagedKVCache:
     def write(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: Ints | None = None) -> None:
         """Write tokens into given slots (append by slot mapping). Lengths stay; `advance` counts the tokens.
 
-        Slots on a GPU are the caller's promise, -1 included; HEADFOLD_CHECK=1 reads them back. It also finds slots
-        that come twice and, given ids, slots in pages that none of them owns alone.
+        Slots on a GPU are the caller's promise; HEADFOLD_CHECK=1 reads them back. It also finds slots that come
+        twice and, given ids, slots in pages that none of them owns alone.
 
         Args:
-            slots: (tokens,) int64 or int32 on the device, page * page_size + offset, all different.
+            slots: (tokens,) int64 or int32 on the device, page * page_size + offset, all different. -1 is padding:
+                that token is not written, and its k and v may hold anything.
             k, v: (tokens, num_kv_heads, head_dim | head_dim_v), the cache's dtype and device, any strides.
             ids: the sequences that the tokens are of.
 
@@ -245,7 +247,10 @@ class PagedKVCache:
         self._check_tokens("write", k, v, (slots.shape[0],))
         if slots.device.type == "cpu" or value_checks_enabled():
             self._check_slots(slots, listed)
-        self._put(slots.long(), k, v)
+            real = slots >= 0
+            self._put(slots[real].long(), k[real], v[real])
+        else:
+            self._put_unseen(slots, k, v)
 
     def reserve(self, ids: Ints, num_tokens: Ints) -> None:
         """Have pages ready for num_tokens more tokens (one number for all, or one each) that a kernel will append.
@@ -293,6 +298,16 @@ class PagedKVCache:
         self.k_cache.index_put_(where, k)
         self.v_cache.index_put_(where, v)
 
+    def _put_unseen(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write by slots that the host does not know: each token is appended to its page, or to none at -1."""
+        pages = slots.div(self.page_size, rounding_mode="floor")
+        k, v = ((t if t.stride(-1) == 1 else t.contiguous()).unsqueeze(1) for t in (k, v))
+        append(
+            *(self.k_cache, self.v_cache, k, v, (slots - pages * self.page_size).int()),
+            cache_batch_idx=pages.int(),
+            caller="PagedKVCache.write",
+        )
+
     def _storage(self, name: str, t: torch.Tensor | None, d: int) -> torch.Tensor:
         shape = (self.num_pages, self.page_size, self.num_kv_heads, d)
         if t is None:
@@ -322,16 +337,19 @@ class PagedKVCache:
 
     def _check_slots(self, slots: torch.Tensor, listed: list[int] | None) -> None:
         size = self.num_pages * self.page_size
-        outside = ((slots < 0) | (slots >= size)).nonzero()
+        outside = ((slots < -1) | (slots >= size)).nonzero()
         if len(outside):
             j = int(outside[0])
-            raise _bad("write", "slots", f"[{j}] is {int(slots[j])}", f"a slot must be 0 to {size - 1}")
+            need = f"a slot must be 0 to {size - 1}, or -1 for padding"
+            raise _bad("write", "slots", f"[{j}] is {int(slots[j])}", need)
         if not value_checks_enabled():
             return
         seen: dict[int, int] = {}
         pages = {page for i in listed or () for page in self._ledger.sequences[i].pages}
         for j, slot in enumerate(slots.tolist()):
             page = slot // self.page_size
+            if slot < 0:
+                continue
             if slot in seen:
                 raise _bad("write", "slots", f"[{j}] is {slot}, as [{seen[slot]}] is", "all must differ")
             if listed is not None and (page not in pages or self._ledger.owners[page] > 1):

@@ -6,6 +6,7 @@ import torch
 
 from headfold import backends
 from headfold.problem import MAX_SPLITS
+from headfold.values import check_combine_values, value_checks_enabled
 
 _CALLER = "flash_attn_combine"
 _OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -146,7 +147,14 @@ def run_combine(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Merge checked partials into `out` and `lse`. Rows past `seqused` are not written."""
+    """Merge checked partials into `out` and `lse`. Rows past `seqused` are not written.
+
+    Raises:
+        ValueError: an offset or length that does not fit, under HEADFOLD_CHECK=1, before anything is written.
+    """
+    if value_checks_enabled():
+        batch = out_partial.shape[1] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        check_combine_values(_CALLER, out_partial.shape[-3], batch, cu_seqlens, seqused)
     if lse.numel() == 0 or (seqused is not None and seqused.shape[0] == 0):
         return
     ragged = out_partial.dim() == 4

@@ -56,6 +56,32 @@ def check_values(x: Inputs) -> None:
                     )
 
 
+def check_combine_values(
+    caller: str, rows: int, batch: int, cu_seqlens: torch.Tensor | None, seqused: torch.Tensor | None
+) -> None:
+    """Read the offsets and lengths of a merge and raise on the first that is out of range, saying which one.
+
+    Args:
+        caller: what the user called.
+        rows: of the whole batch with cu_seqlens, of one sequence without.
+        batch: number of sequences.
+        cu_seqlens, seqused: int32 (batch + 1,) and (batch,), or None.
+
+    Raises:
+        ValueError: an offset or length that does not fit.
+    """
+    room = [rows] * batch
+    if cu_seqlens is not None:
+        offsets = cu_seqlens.tolist()
+        wrong = _wrong_offset(offsets, rows)
+        if wrong is not None:
+            raise ValueError(f"{caller}: cu_seqlens {wrong[0]}; {wrong[1]}")
+        room = [b - a for a, b in pairwise(offsets)]
+    for i, n in enumerate([] if seqused is None else seqused.tolist()):
+        if not 0 <= n <= room[i]:
+            raise ValueError(f"{caller}: seqused [{i}] is {n}; that sequence has room for 0 to {room[i]}")
+
+
 def _check_rotary(x: Inputs, q_used: list[int] | None) -> None:
     """The angles of every query are there."""
     if x.rotary_cos is None or x.rotary_positions is None:
@@ -84,14 +110,22 @@ def _check_offsets(x: Inputs, name: str, t: torch.Tensor | None, total: int | No
     if t is None:
         return None
     offsets = t.tolist()
+    wrong = _wrong_offset(offsets, total)
+    if wrong is not None:
+        raise fail(x, name, *wrong)
+    return [b - a for a, b in pairwise(offsets)]
+
+
+def _wrong_offset(offsets: list[int], total: int | None) -> tuple[str, str] | None:
+    """What the first wrong offset is and what it must be, if there is one."""
     if offsets[0] != 0:
-        raise fail(x, name, f"[0] is {offsets[0]}", "the first offset must be 0")
+        return f"[0] is {offsets[0]}", "the first offset must be 0"
     for i, (a, b) in enumerate(pairwise(offsets)):
         if b < a:
-            raise fail(x, name, f"[{i + 1}] is {b}, below [{i}] = {a}", "offsets must not decrease")
+            return f"[{i + 1}] is {b}, below [{i}] = {a}", "offsets must not decrease"
     if total is not None and offsets[-1] > total:
-        raise fail(x, name, f"[{len(offsets) - 1}] is {offsets[-1]}", f"only {total} rows are there")
-    return [b - a for a, b in pairwise(offsets)]
+        return f"[{len(offsets) - 1}] is {offsets[-1]}", f"only {total} rows are there"
+    return None
 
 
 def _check_paged_lengths(x: Inputs, lengths: list[int]) -> None:

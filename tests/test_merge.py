@@ -310,6 +310,55 @@ def test_check_combine_refuses(bad: Bad) -> None:
     assert str(error.value).startswith(f"flash_attn_combine: {bad.message}")
 
 
+WRONG_VALUES = [
+    ({"seqused": [4, 1]}, "seqused [0] is 4; that sequence has room for 0 to 3"),
+    ({"seqused": [0, -1]}, "seqused [1] is -1; that sequence has room for 0 to 3"),
+    ({"cu_seqlens": [1, 6]}, "cu_seqlens [0] is 1; the first offset must be 0"),
+    ({"cu_seqlens": [0, 4, 2]}, "cu_seqlens [2] is 2, below [1] = 4; offsets must not decrease"),
+    ({"cu_seqlens": [0, 4, 7]}, "cu_seqlens [2] is 7; only 6 rows are there"),
+    ({"cu_seqlens": [0, 4, 6], "seqused": [4, 3]}, "seqused [1] is 3; that sequence has room for 0 to 2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), WRONG_VALUES, ids=lambda x: x[:30] if isinstance(x, str) else ""
+)
+def test_value_checks_of_a_merge(
+    target: Target, given: dict[str, list[int]], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (6, 4) if "cu_seqlens" in given else (2, 3, 4)
+    out, lse = (t.to(target.device) for t in states(3, rows))
+    index = {n: torch.tensor(v, dtype=torch.int32, device=target.device) for n, v in given.items()}
+    result = torch.full(out.shape[1:], NAN, device=target.device)
+    monkeypatch.setenv("HEADFOLD_CHECK", "1")
+    with pytest.raises(ValueError) as error:
+        flash_attn_combine(out, lse, result, **index)
+    assert str(error.value) == f"flash_attn_combine: {message}"
+    assert result.isnan().all(), "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "seqused"), [(None, [3, 0]), ([0, 4, 6], None), ([0, 4, 6], [4, 2]), ([0], [])], ids=str
+)
+def test_right_values_pass_the_checks_of_a_merge(
+    target: Target,
+    cu_seqlens: list[int] | None,
+    seqused: list[int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HEADFOLD_CHECK", "1")
+    out, lse = (t.to(target.device) for t in states(3, (2, 3, 4) if cu_seqlens is None else (6, 4)))
+    index = {"cu_seqlens": cu_seqlens, "seqused": seqused}
+    flash_attn_combine(
+        *(out, lse),
+        **{
+            n: torch.tensor(v, dtype=torch.int32, device=target.device)
+            for n, v in index.items()
+            if v is not None
+        },
+    )
+
+
 def test_gradients_of_partials_are_refused_with_grad_mode_alone(target: Target) -> None:
     out, lse = (t.to(target.device) for t in states(3, (1, 2, 2)))
     learnt = out.clone().requires_grad_()
