@@ -10,13 +10,13 @@ can leave a sequence that ends inside a shared page: its next `append` or `reser
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from headfold.append import append
+from headfold.kv_arguments import bad, check_kind, integer, integers
 from headfold.kv_pages import Change, Ledger
 from headfold.problem import DTYPES, MAX_HEAD_DIM, MAX_SEQLEN
 from headfold.values import value_checks_enabled
@@ -70,9 +70,9 @@ class PagedKVCache:
         v_cache: torch.Tensor | None = None,
     ) -> None:
         def size(name: str, value: Any, high: int) -> int:
-            n = _integer("", name, value)
+            n = integer("", name, value)
             if not 1 <= n <= high:
-                raise _bad("", name, f"is {n}", f"it must be 1 to {high}")
+                raise bad("", name, f"is {n}", f"it must be 1 to {high}")
             return n
 
         self.num_pages = size("num_pages", num_pages, 2**31 - 1)
@@ -84,12 +84,12 @@ class PagedKVCache:
         longest = MAX_SEQLEN // self.page_size
         self.max_pages_per_sequence = size("max_pages_per_sequence", max_pages_per_sequence, longest)
         if dtype not in DTYPES:
-            raise _bad("", "dtype", f"is {dtype}", "it must be float16, bfloat16 or float32")
+            raise bad("", "dtype", f"is {dtype}", "it must be float16, bfloat16 or float32")
         if (k_cache is None) != (v_cache is None):
             name = "k_cache" if k_cache is None else "v_cache"
-            raise _bad("", name, "is None", "k_cache and v_cache are given both or neither")
+            raise bad("", name, "is None", "k_cache and v_cache are given both or neither")
         if not isinstance(device, torch.device | str):
-            raise _bad("", "device", f"is {device!r}", "it must be a torch.device or its name", TypeError)
+            raise bad("", "device", f"is {device!r}", "it must be a torch.device or its name", TypeError)
         self.dtype = dtype
         with torch.inference_mode(False):  # tensors made in inference mode could not be changed outside it
             rows = (self.max_sequences, self.max_pages_per_sequence)
@@ -156,7 +156,7 @@ class PagedKVCache:
 
         Returns their ids, a list even for one. Raises OutOfPages or OutOfSequences when too little is free.
         """
-        counts = _integers("allocate", "num_tokens", num_tokens)
+        counts = integers("allocate", "num_tokens", num_tokens)
         self._check_fits("allocate", "num_tokens", [0] * len(counts), counts)
         change = self._ledger.opened(counts)
         self._commit(change)
@@ -187,7 +187,7 @@ class PagedKVCache:
         for i, n in zip(listed, lengths, strict=True):
             now = self._ledger.sequences[i].length
             if n > now:
-                raise _bad(
+                raise bad(
                     "truncate", "length", f"is {n} for sequence {i}", f"it must be 0 to its length {now}"
                 )
         self._commit(self._ledger.cut(listed, lengths))
@@ -210,11 +210,11 @@ class PagedKVCache:
         """
         listed = self._ids("append", ids)
         if lengths is None:
-            _check_kind("append", "k", k, 4, "(n, s, num_kv_heads, head_dim), or ragged with lengths")
+            check_kind("append", "k", k, 4, "(n, s, num_kv_heads, head_dim), or ragged with lengths")
             lead: tuple[int, ...] = (len(listed), k.shape[1])
             counts = [k.shape[1]] * len(listed)
         else:
-            counts = _integers("append", "lengths", lengths, len(listed))
+            counts = integers("append", "lengths", lengths, len(listed))
             lead = (sum(counts),)
         self._check_tokens("append", k, v, lead)
         change = self._grown("append", "k", listed, counts)
@@ -239,11 +239,11 @@ class PagedKVCache:
             NotImplementedError: k or v require a gradient.
         """
         listed = None if ids is None else self._ids("write", ids)
-        _check_kind("write", "slots", slots, 1, "(tokens,)")
+        check_kind("write", "slots", slots, 1, "(tokens,)")
         if slots.dtype not in (torch.int32, torch.int64):
-            raise _bad("write", "slots", f"has dtype {slots.dtype}", "it must be int64 or int32")
+            raise bad("write", "slots", f"has dtype {slots.dtype}", "it must be int64 or int32")
         if slots.device != self.device:
-            raise _bad("write", "slots", f"is on {slots.device}", f"it must be on the cache's {self.device}")
+            raise bad("write", "slots", f"is on {slots.device}", f"it must be on the cache's {self.device}")
         self._check_tokens("write", k, v, (slots.shape[0],))
         if slots.device.type == "cpu" or value_checks_enabled():
             self._check_slots(slots, listed)
@@ -314,9 +314,9 @@ class PagedKVCache:
             return torch.empty(shape, dtype=self.dtype, device=self.device)
         self._check_tensor("", name, t, shape)
         if d > 1 and t.stride(-1) != 1:
-            raise _bad("", name, f"has last stride {t.stride(-1)}", "its last dimension must be contiguous")
+            raise bad("", name, f"has last stride {t.stride(-1)}", "its last dimension must be contiguous")
         if any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
-            raise _bad("", name, "is expanded (a stride is 0)", "every element needs its own place")
+            raise bad("", name, "is expanded (a stride is 0)", "every element needs its own place")
         return t
 
     def _check_tokens(self, caller: str, k: Any, v: Any, lead: tuple[int, ...]) -> None:
@@ -324,16 +324,16 @@ class PagedKVCache:
         self._check_tensor(caller, "v", v, (*lead, self.num_kv_heads, self.head_dim_v))
 
     def _check_tensor(self, caller: str, name: str, t: Any, shape: tuple[int, ...]) -> None:
-        _check_kind(caller, name, t, len(shape), str(shape))
+        check_kind(caller, name, t, len(shape), str(shape))
         if tuple(t.shape) != shape:
-            raise _bad(caller, name, f"has shape {tuple(t.shape)}", f"it must be {shape}")
+            raise bad(caller, name, f"has shape {tuple(t.shape)}", f"it must be {shape}")
         if t.dtype != self.dtype:
-            raise _bad(caller, name, f"has dtype {t.dtype}", f"it must be the cache's {self.dtype}")
+            raise bad(caller, name, f"has dtype {t.dtype}", f"it must be the cache's {self.dtype}")
         if t.device != self.device:
-            raise _bad(caller, name, f"is on {t.device}", f"it must be on the cache's {self.device}")
+            raise bad(caller, name, f"is on {t.device}", f"it must be on the cache's {self.device}")
         if torch.is_grad_enabled() and t.requires_grad:
             need = "a cache keeps no gradients; detach it, or call under torch.no_grad()"
-            raise _bad(caller, name, "requires a gradient", need, NotImplementedError)
+            raise bad(caller, name, "requires a gradient", need, NotImplementedError)
 
     def _check_slots(self, slots: torch.Tensor, listed: list[int] | None) -> None:
         size = self.num_pages * self.page_size
@@ -341,7 +341,7 @@ class PagedKVCache:
         if len(outside):
             j = int(outside[0])
             need = f"a slot must be 0 to {size - 1}, or -1 for padding"
-            raise _bad("write", "slots", f"[{j}] is {int(slots[j])}", need)
+            raise bad("write", "slots", f"[{j}] is {int(slots[j])}", need)
         if not value_checks_enabled():
             return
         seen: dict[int, int] = {}
@@ -351,10 +351,10 @@ class PagedKVCache:
             if slot < 0:
                 continue
             if slot in seen:
-                raise _bad("write", "slots", f"[{j}] is {slot}, as [{seen[slot]}] is", "all must differ")
+                raise bad("write", "slots", f"[{j}] is {slot}, as [{seen[slot]}] is", "all must differ")
             if listed is not None and (page not in pages or self._ledger.owners[page] > 1):
                 got = f"[{j}] is {slot}, in page {page}"
-                raise _bad("write", "slots", got, f"one of the sequences {listed} must own that page alone")
+                raise bad("write", "slots", got, f"one of the sequences {listed} must own that page alone")
             seen[slot] = j
 
     def _check_fits(self, caller: str, name: str, lengths: list[int], counts: list[int]) -> None:
@@ -362,63 +362,26 @@ class PagedKVCache:
         for j, (has, n) in enumerate(zip(lengths, counts, strict=True)):
             if has + n > most:
                 got = f"brings {n} tokens more to sequence [{j}], which has {has}"
-                raise _bad(caller, name, got, f"max_pages_per_sequence gives room for {most}")
+                raise bad(caller, name, got, f"max_pages_per_sequence gives room for {most}")
 
     def _check_reserved(self, caller: str, listed: list[int], counts: list[int]) -> None:
         for i, n in zip(listed, counts, strict=True):
             room = self._ledger.room(i)
             if n > room:
                 need = f"{room} are reserved; call reserve first"
-                raise _bad(caller, "num_tokens", f"is {n} for sequence {i}", need)
+                raise bad(caller, "num_tokens", f"is {n} for sequence {i}", need)
 
     def _ids(self, caller: str, ids: Any, distinct: bool = True) -> list[int]:
-        listed = _integers(caller, "ids", ids)
+        listed = integers(caller, "ids", ids)
         for j, i in enumerate(listed):
             if i not in self._ledger.sequences:
-                raise _bad(
-                    caller, "ids", f"[{j}] is {i}", "no such sequence; ids come from allocate and fork"
-                )
+                raise bad(caller, "ids", f"[{j}] is {i}", "no such sequence; ids come from allocate and fork")
         if distinct and len(set(listed)) < len(listed):
-            raise _bad(caller, "ids", f"is {listed}", "every sequence may come once")
+            raise bad(caller, "ids", f"is {listed}", "every sequence may come once")
         return listed
 
     def _ids_and_counts(
         self, caller: str, ids: Any, counts: Any, name: str = "num_tokens"
     ) -> tuple[list[int], list[int]]:
         listed = self._ids(caller, ids)
-        return listed, _integers(caller, name, counts, len(listed))
-
-
-def _bad(caller: str, name: str, got: str, need: str, kind: type[Exception] = ValueError) -> Exception:
-    return kind(f"PagedKVCache{'.' if caller else ''}{caller}: {name} {got}; {need}")
-
-
-def _check_kind(caller: str, name: str, t: Any, dims: int, need: str) -> None:
-    if not isinstance(t, torch.Tensor):
-        raise _bad(caller, name, f"is a {type(t).__name__}", "it must be a torch.Tensor", TypeError)
-    if t.dim() != dims:
-        raise _bad(caller, name, f"has shape {tuple(t.shape)}", f"it must be {need}")
-
-
-def _integer(caller: str, name: str, value: Any) -> int:
-    """An int on the host. No tensors: reading one from a device would wait for it."""
-    try:
-        if isinstance(value, bool | torch.Tensor):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise _bad(caller, name, f"is {value!r}", "it must be an int on the host", TypeError) from None
-
-
-def _integers(caller: str, name: str, values: Any, n: int | None = None) -> list[int]:
-    """Integers >= 0 from a list, or from one number that stands for n (None: for itself)."""
-    if isinstance(values, torch.Tensor | str) or not isinstance(values, Sequence):
-        listed = [_integer(caller, name, values)] * (1 if n is None else n)
-    else:
-        listed = [_integer(caller, f"{name}[{j}]", value) for j, value in enumerate(values)]
-    if n is not None and len(listed) != n:
-        raise _bad(caller, name, f"has {len(listed)} entries", f"there are {n} sequences")
-    for value in listed:
-        if value < 0:
-            raise _bad(caller, name, f"has {value}", "it must be >= 0")
-    return listed
+        return listed, integers(caller, name, counts, len(listed))
