@@ -261,7 +261,7 @@ def test_merge_on_cpu_is_independent_of_how_states_are_grouped() -> None:
     assert_merged(twice, out, lse)
 
 
-# ---- checks below the public function (its own arguments: test_interface.py) ------------------------------
+# ---- checks below the public function (its own arguments: tests/interface) --------------------------------
 
 
 def test_combine_shapes() -> None:
