@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.text import Text
 
 from headfold.bench.report import console
 from headfold.bench.results import Result
+
+if TYPE_CHECKING:
+    from headfold.bench.shapes import Answer
 
 T = TypeVar("T")
 EXIT_FAILED = 1
@@ -162,6 +165,10 @@ def _check_picture(path: Path) -> None:
     from headfold.bench.pictures import check_format
 
     check_format(path)
+    _need_matplotlib()
+
+
+def _need_matplotlib() -> None:
     if find_spec("matplotlib") is None:
         raise ValueError("--picture needs matplotlib; install it with: pip install 'headfold[cli]'")
 
@@ -203,13 +210,28 @@ def plan(
         str | None, typer.Option(help="The machine to plan for, such as h200; the GPU here, or else h200.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Draw which program reads which keys, when, as .png, .svg or .html (decode only)."),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="With --picture: keys of every sequence, such as 4096,128,77; all --keys otherwise."
+        ),
+    ] = None,
 ) -> None:
     """Explain how a shape will run, and why. Needs no GPU."""
     from headfold.bench import shapes
 
+    if picture is not None:
+        _usage(lambda: _check_plan_picture(picture))
+    elif lengths is not None:
+        stop("--lengths is given without --picture; it says what the picture shows")
     target = _usage(lambda: shapes.device_from(device))
-    if case is not None:
-        problem = _usage(lambda: shapes.problem_of_case(case, target))
+    chosen = None if case is None else _usage(lambda: shapes.case_named(case, target))
+    if chosen is not None:
+        problem = chosen.problem("cpu" if target.is_cpu else "cuda")
     elif heads is not None:
         shape = shapes.Shape(
             heads, dim, batch, keys, queries, dim_v, causal, window, page_size, dtype, num_splits, not no_pack
@@ -218,6 +240,8 @@ def plan(
     else:
         stop("--heads is missing; give a shape such as --heads 96:8 --keys 65536, or --case NAME")
     answer = _usage(lambda: shapes.explain(problem, target))
+    if picture is not None:
+        _usage(lambda: _draw_plan(answer, shapes.lengths_from(lengths, problem, chosen), picture))
     if as_json:
         typer.echo(json.dumps(answer.record(), indent=1))
         return
@@ -225,6 +249,23 @@ def plan(
     lines.append(f"  {answer.predicted_text}")
     body = Text("\n").join([Text(headline, style="bold"), *map(Text, lines)])
     console().print(Panel(body, title=f"plan for {escape(target.name)}", title_align="left", expand=False))
+    if picture is not None:
+        console().print(f"picture: {escape(str(picture))}")
+
+
+def _check_plan_picture(path: Path) -> None:
+    from headfold.bench.plan_picture import check_format
+
+    check_format(path)
+    _need_matplotlib()
+
+
+def _draw_plan(answer: Answer, lengths: tuple[int, ...], path: Path) -> None:
+    from headfold.bench.plan_picture import draw
+    from headfold.bench.schedule import schedule_of
+
+    schedule = schedule_of(answer.problem, answer.plan, answer.device, lengths)
+    draw(schedule, f"{answer.text.splitlines()[0]} on {answer.device.name}", path)
 
 
 @app.command()

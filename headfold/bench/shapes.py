@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from headfold.bench.cases import DTYPES
+from headfold.bench.cases import DTYPES, Case
 from headfold.bench.catalogue import catalogue
 from headfold.planner import Device, Plan, device_named, make_plan, running_device
 from headfold.planner.cost import NoPrediction, predicted_seconds
@@ -82,8 +82,8 @@ def explain(problem: Problem, device: Device) -> Answer:
     return Answer(problem, device, plan, plan.explain(problem, device), us, text)
 
 
-def problem_of_case(name: str, device: Device) -> Problem:
-    """The Problem of a benchmark case, of the catalogue for that kind of device or of the other.
+def case_named(name: str, device: Device) -> Case:
+    """A benchmark case, of the catalogue for that kind of device or of the other.
 
     Raises:
         ValueError: no such case.
@@ -93,7 +93,21 @@ def problem_of_case(name: str, device: Device) -> Problem:
     cases.update({c.name: c for c in catalogue(kind)})
     if name not in cases:
         raise ValueError(f"--case is {name!r}, which is no case; `headfold bench --list` lists them")
-    return cases[name].problem(kind)
+    return cases[name]
+
+
+def lengths_from(text: str | None, problem: Problem, case: Case | None = None) -> tuple[int, ...]:
+    """Keys of every sequence: those of `text`, such as 4096,128,77, else the case's, else all at the bound.
+
+    Raises:
+        ValueError: something else than numbers.
+    """
+    if text is None:
+        return case.all_lengths if case is not None else (problem.max_seqlen_k,) * problem.batch
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise ValueError(f"--lengths is {text!r}; it must be the keys of every sequence, such as 4096,128,77")
+    return tuple(int(part) for part in parts)
 
 
 def _kind(device: Device) -> str:

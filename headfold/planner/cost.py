@@ -18,8 +18,8 @@ READ_SHARE = 0.955
 # Seconds from the launch to the first byte, and from the last byte to the end: a pure read of 33 to 4295 MB takes
 # 2.7 us and its bytes at the rate above, at every size.
 LAUNCH = 2.7e-6
-# What a program's start costs, in the time that a multiprocessor takes for one block: its pipeline fills while nothing else of
-# its multiprocessor reads. One full wave of 32:8 d128 takes 3 us more than its bytes, four take 14.
+# What a program's start costs, in the time that a multiprocessor takes for one block: its pipeline fills while nothing
+# else of its multiprocessor reads. One full wave of 32:8 d128 takes 3 us more than its bytes, four take 14.
 START_BLOCKS = 1.2
 # The kernel that merges states: 2.5 us at 2 splits (32:4 b16), 6 us at 64 (16:2 d256 b1).
 FIXUP = 2.5e-6
@@ -50,7 +50,7 @@ def predicted_seconds(problem: Problem, plan: Plan, device: Device) -> float:
         return 0.0
     if plan.kernel != "decode":
         raise NoPrediction("no predicted time: only decode is predicted, which is bound by memory")
-    rates = _rates(plan, device)
+    rates = rates_of(plan, device)
     loop = _ragged_loop if _is_ragged(problem) else _even_loop
     seconds = LAUNCH + loop(problem, plan, rates) * (PAGED if problem.kv_layout == "paged" else 1.0)
     if plan.num_splits > 1:
@@ -59,7 +59,7 @@ def predicted_seconds(problem: Problem, plan: Plan, device: Device) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rates:
+class Rates:
     """Programs that run at a time, and bytes/s: of one when all of them run, and of a multiprocessor's share."""
 
     slots: int
@@ -68,27 +68,30 @@ class _Rates:
 
     @property
     def all(self) -> float:
+        """Of the whole device."""
         return self.slots * self.share
 
     @property
     def lone(self) -> float:
+        """Of one program when few are left."""
         return LONE_RATE * self.even
 
 
-def _rates(plan: Plan, device: Device) -> _Rates:
+def rates_of(plan: Plan, device: Device) -> Rates:
+    """How many of the plan's programs a device runs at a time, and how fast they read."""
     # A multiprocessor holds as many programs as its shared memory and its 64 warps do.
     a_multiprocessor = max(1, min(device.smem // max(1, plan.shared_memory), 64 // plan.num_warps))
     slots = device.sms * a_multiprocessor
     total = READ_SHARE * device.bandwidth
-    return _Rates(slots, total / slots, total / device.sms)
+    return Rates(slots, total / slots, total / device.sms)
 
 
-def _start(problem: Problem, plan: Plan, rates: _Rates) -> float:
+def _start(problem: Problem, plan: Plan, rates: Rates) -> float:
     block = plan.block_n * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
     return START_BLOCKS * block / rates.even
 
 
-def _even_loop(problem: Problem, plan: Plan, rates: _Rates) -> float:
+def _even_loop(problem: Problem, plan: Plan, rates: Rates) -> float:
     """Full waves at full bandwidth, then the rest, no faster than lone programs read."""
     each = bytes_to_move(problem) / plan.programs
     waves, rest = divmod(plan.programs, rates.slots)
@@ -98,7 +101,7 @@ def _even_loop(problem: Problem, plan: Plan, rates: _Rates) -> float:
     return seconds + (waves + (rest > 0)) * _start(problem, plan, rates)
 
 
-def _ragged_loop(problem: Problem, plan: Plan, rates: _Rates) -> float:
+def _ragged_loop(problem: Problem, plan: Plan, rates: Rates) -> float:
     """All bytes at full bandwidth, then the longest sequence's programs alone, by how ragged the batch is."""
     keys = -(-problem.max_seqlen_k // plan.num_splits)
     longest = keys * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
