@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 
+from headfold.extras import extras_of
+
 MAX_HEAD_DIM = 256
 MAX_GROUP = 256
 MAX_SPLITS = 256  # states that one fixup merges
@@ -116,7 +118,8 @@ class Problem:
 
     Lengths are upper bounds known on the host (capacities), never values read from a device.
     `total_q` and `total_k` bound the sums over the batch. Window sides are None when open. `rotary` is what the
-    rotation of q depends on: (rotary_dim, interleaved, alignment of the angles in elements).
+    rotation of q depends on: (rotary_dim, interleaved, alignment of the angles in elements). `extras` names what a
+    kernel for common calls may leave to a general one (`headfold/extras.py`).
     """
 
     device_type: str
@@ -148,6 +151,7 @@ class Problem:
     tensor_mask: bool = False
     mask_align: int = 0
     rotary: tuple[int, bool, int] = (0, False, 1)
+    extras: tuple[str, ...] = ()
 
     @property
     def group(self) -> int:
@@ -417,4 +421,5 @@ def problem_of(x: Inputs, out: torch.Tensor | None = None) -> Problem:
         tensor_mask=x.mask is not None or x.tree_mask is not None,
         mask_align=_mask_align(x.mask),
         rotary=rotary_facts(x.rotary_cos, x.rotary_sin, x.rotary_interleaved),
+        extras=extras_of(x, out),
     )

@@ -52,6 +52,10 @@ def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
         from headfold.backends.cpu import run as run_on_cpu
 
         run_on_cpu(plan, x, out, lse)
+    elif plan.backend == "hopper":
+        from headfold.backends.hopper import run as run_on_hopper
+
+        run_on_hopper(plan, x, out, lse)
     else:
         from headfold.backends.triton import run as run_on_gpu
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from headfold.planner.device import Device
+from headfold.planner.hopper import plan_hopper
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import Tile, decode_tile, padded, prefill_tile, shared_memory, split_dim
 from headfold.planner.work import key_span
@@ -52,6 +53,10 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
             reasons.append(
                 f"{rows} folded rows a sequence fill {whole * units} tiles of {prefill.rows}: no split needed"
             )
+            hopper = plan_hopper(p, device, whole * units * prefill.rows)
+            if isinstance(hopper, Plan):
+                return hopper
+            reasons.append(hopper)
             return _plan(p, device, "prefill", prefill, fold, 1, reasons)
         reasons.append(f"{whole * units} tiles leave multiprocessors idle: keys are split instead")
     how = "forced by num_splits" if p.num_splits else f"over {blocks} block{'s' if blocks > 1 else ''}"

@@ -9,7 +9,7 @@ from headfold.planner.device import Device
 from headfold.planner.work import visible_pairs, visible_tokens
 from headfold.problem import Problem
 
-Backend = Literal["cpu", "triton"]
+Backend = Literal["cpu", "triton", "hopper"]
 Kernel = Literal["decode", "prefill", "none"]
 
 
@@ -21,7 +21,8 @@ class Plan:
     number of tiles side by side in the head dimension (KV heads when the whole group is folded). `tiles` bounds
     the tiles of one head unit over the whole batch. `d_parts` and `dv_parts` cut a head dimension into two
     powers of two (the second 0 where one suffices), so that d = 96 does not pay for 128. `workspace` is in bytes.
-    How the CPU backend reads a Plan is said in `backends/cpu.py`.
+    `workers` programs of a persistent kernel share the tiles (0: a program each); `section` heads at a time have
+    their K and V in the L2 cache. How the CPU backend reads a Plan is said in `backends/cpu.py`.
     """
 
     backend: Backend
@@ -45,6 +46,8 @@ class Plan:
     mask_align: int = 0
     rotary: tuple[int, bool, int] = (0, False, 1)
     workspace: int = 0
+    workers: int = 0
+    section: int = 0
     shared_memory: int = 0
     reasons: tuple[str, ...] = ()
 
@@ -85,7 +88,7 @@ class Plan:
             f"no faster than {max(read, compute) * 1e6:,.1f} us on this device"
             + (" (rough: a CPU's rates are estimates)" if device.is_cpu else ""),
         ]
-        if self.backend != "triton":
+        if self.backend == "cpu":
             return lines
         used = p.total_q * p.num_heads
         lines.insert(
@@ -96,12 +99,18 @@ class Plan:
         lines.insert(
             1, f"rows used of rows paid for: {used} of {self.rows_paid} ({used / self.rows_paid:.0%})"
         )
-        waves = -(-self.programs // device.sms)
-        busy = self.programs / (waves * device.sms)
-        lines.append(
-            f"{self.programs} programs on {device.sms} multiprocessors: {waves} "
-            f"wave{'s' if waves > 1 else ''}, {1 - busy:.0%} of the last slots idle"
-        )
+        if self.workers:
+            lines.append(
+                f"{self.programs} tiles taken by {self.workers} programs, the longest first, "
+                f"{self.section} heads at a time"
+            )
+        else:
+            waves = -(-self.programs // device.sms)
+            busy = self.programs / (waves * device.sms)
+            lines.append(
+                f"{self.programs} programs on {device.sms} multiprocessors: {waves} "
+                f"wave{'s' if waves > 1 else ''}, {1 - busy:.0%} of the last slots idle"
+            )
         if self.num_splits > 1:
             lines.append(
                 f"fixup: {self.num_splits} states a row through {self.workspace / 1e6:,.2f} MB of workspace "

@@ -1,0 +1,242 @@
+"""A consumer: one warpgroup that attends 64 rows of a tile to its blocks. Plain calls; masked.py has those with a mask."""
+
+from headfold.kernels.hopper import softmax
+from headfold.kernels.hopper.compat import (
+    barrier,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    view_as,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from headfold.kernels.hopper.layouts import (
+    GROUP_ROWS,
+    accumulator,
+    shared_layout,
+    store_layout,
+    weights_layout,
+)
+from headfold.kernels.hopper.schedule import receive
+from headfold.kernels.hopper.spans import full_blocks, locate, tile_blocks
+
+
+@gluon.jit
+def matrix(buffer, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """A box (1, 1, ROWS, COLUMNS) of shared memory as a matrix."""
+    layout: gl.constexpr = shared_layout(ROWS, COLUMNS, buffer.dtype.primitive_bitwidth, 2)
+    return view_as(buffer, buffer.dtype, [ROWS, COLUMNS], layout)
+
+
+@gluon.jit
+def hide(scores, first, window, sk, key):
+    """`scores` of the block from `key` on, -inf where a row does not see the key. Row i stands at key `first` + i."""
+    row = gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, scores.type.layout))
+    column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
+    low = row + (first - window[0] - key)
+    high = gl.minimum(row + (first + window[1] + 1 - key), sk - key)
+    seen = (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
+    return gl.where(seen, scores, float("-inf"))
+
+
+@gluon.jit
+def attend(
+    state,
+    query,
+    k_buffers,
+    v_buffers,
+    bars,
+    count,
+    blocks,
+    low,
+    sk,
+    own,
+    window,
+    scale_log2,
+    HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Blocks blocks[0]-1 down to blocks[1]: the scores of a block are under way while the one before it is weighed."""
+    weights, acc, row_max, row_sum = state
+    k_full, k_free, v_full, v_free = bars
+    for i in range(blocks[0] - blocks[1]):
+        stage = count % STAGES
+        older = (count - 1) % STAGES
+        mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+        keys = matrix(k_buffers.index(stage), BLOCK_N, HEAD_DIM)
+        scores = warpgroup_mma(
+            query,
+            keys.permute([1, 0]),
+            gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, accumulator(BLOCK_N)),
+            use_acc=False,
+            is_async=True,
+        )
+        mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
+        values = matrix(v_buffers.index(older), BLOCK_N, HEAD_DIM_V)
+        acc = warpgroup_mma(weights, values, acc, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        mbarrier.arrive(k_free.index(stage), count=1)
+        if MASKED:
+            key = low + (blocks[0] - 1 - i) * BLOCK_N
+            scores = hide(scores, own, window, sk, key)
+        p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, MASKED)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_free.index(older), count=1)
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
+        weights = gl.convert_layout(p.to(query.dtype), weights_layout(BLOCK_N))
+        count += 1
+    return (weights, acc, row_max, row_sum), count
+
+
+@gluon.jit
+def zero_unseen(
+    v_buffers,
+    v_full,
+    count,
+    key,
+    end,
+    sk,
+    BLOCK_N: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Zero the values from key `end` on in a tile's last block, number `count`, whose first key is `key`.
+
+    `end` is where the keys end that the last query sees. What lies between it and sk may hold NaN, and a weight of 0
+    does not help against that; beyond sk the copy engine fills in zeros. Each consumer writes for itself: the other
+    reads the same bytes or these zeros.
+    """
+    if (end < key + BLOCK_N) & (end < sk):
+        PART: gl.constexpr = 32
+        layout: gl.constexpr = store_layout(HEAD_DIM_V)
+        stage = count % STAGES
+        mbarrier.wait(v_full.index(stage), (count // STAGES) & 1)
+        values = matrix(v_buffers.index(stage), BLOCK_N, HEAD_DIM_V)
+        for i in gl.static_range(BLOCK_N // PART):
+            if end < key + (i + 1) * PART:
+                part = values.slice(i * PART, PART)
+                index = key + i * PART + gl.arange(0, PART, gl.SliceLayout(1, layout))
+                loaded = part.load(layout)
+                part.store(gl.where((index < end)[:, None], loaded, gl.zeros_like(loaded)))
+        fence_async_shared()
+        barrier()
+
+
+@gluon.jit
+def store(acc, row_max, row_sum, scale, staging, Out, Lse, first, sq):
+    """Finish 64 rows and write those that exist, through shared memory in 16-byte pieces, the unit of Out's strides."""
+    out_base, out_stride = Out
+    lse_base, lse_stride = Lse
+    inverse, lse = softmax.finish(row_max, row_sum, scale)
+    COLUMNS: gl.constexpr = acc.shape[1]
+    layout: gl.constexpr = store_layout(COLUMNS)
+    acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
+    staging.store(acc.to(staging.dtype))
+    position = first + gl.arange(0, GROUP_ROWS, row_max.type.layout)
+    gl.store(lse_base + position.to(gl.int64) * lse_stride, lse, mask=position < sq)
+    row = first + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    offsets = row.to(gl.int64)[:, None] * (out_stride * 8) + column[None, :]
+    gl.store(out_base + offsets, staging.load(layout), mask=(row < sq)[:, None])
+
+
+@gluon.jit
+def consume(
+    GROUP: gl.constexpr,
+    common,
+    HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    GROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces."""
+    reads, bars, letters, Out, Lse, lengths, shape, window, total, scale_log2 = common
+    q_buffers, k_buffers, v_buffers, staging = reads
+    q_full, q_free, k_full, k_free, v_full, v_free = bars
+    mail, posted, taken = letters
+    sq, sk, bottom_right = lengths
+    out_base, out_strides = Out
+    lse_base, lse_strides = Lse
+    rows: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
+    query = matrix(q_buffers.index(GROUP), GROUP_ROWS, HEAD_DIM)
+    turn = 0
+    count = 0
+    number = receive(turn, mail, posted, taken)
+    while number < total:
+        sequence, head, tile = locate(number, shape)
+        first = tile * (GROUP_ROWS * GROUPS)
+        shift = (sk - sq) * bottom_right
+        low, high, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N)
+        own = first + GROUP * GROUP_ROWS
+        left, right = full_blocks(own, GROUP_ROWS, sq, sk, shift, window, low, blocks, BLOCK_N)
+
+        stage = count % STAGES
+        zero_unseen(
+            v_buffers, v_full, count, low + (blocks - 1) * BLOCK_N, sq + shift + window[1], sk,
+            BLOCK_N, HEAD_DIM_V, STAGES,
+        )  # fmt: skip
+        mbarrier.wait(q_full.index(GROUP), turn & 1)
+        mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+        keys = matrix(k_buffers.index(stage), BLOCK_N, HEAD_DIM)
+        scores = warpgroup_mma(
+            query,
+            keys.permute([1, 0]),
+            gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, accumulator(BLOCK_N)),
+            use_acc=False,
+            is_async=True,
+        )
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(k_free.index(stage), count=1)
+        count += 1
+        if (right < blocks) | (left == blocks):
+            scores = hide(scores, own + shift, window, sk, low + (blocks - 1) * BLOCK_N)
+        left = gl.minimum(left, blocks - 1)
+        right = gl.minimum(right, blocks - 1)
+        row_max = gl.full([GROUP_ROWS], float("-inf"), gl.float32, rows)
+        row_sum = gl.zeros([GROUP_ROWS], gl.float32, rows)
+        p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
+        weights = gl.convert_layout(p.to(query.dtype), weights_layout(BLOCK_N))
+        acc = gl.zeros([GROUP_ROWS, HEAD_DIM_V], gl.float32, accumulator(HEAD_DIM_V))
+        state = (weights, acc, row_max, row_sum)
+        flow = (k_full, k_free, v_full, v_free)
+        # Blocks that some row does not see in full lie at both ends.
+        state, count = attend(
+            state, query, k_buffers, v_buffers, flow, count, (blocks - 1, right), low, sk, own + shift, window,
+            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True,
+        )  # fmt: skip
+        state, count = attend(
+            state, query, k_buffers, v_buffers, flow, count, (right, left), low, sk, own + shift, window,
+            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, False,
+        )  # fmt: skip
+        state, count = attend(
+            state, query, k_buffers, v_buffers, flow, count, (left, 0), low, sk, own + shift, window,
+            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True,
+        )  # fmt: skip
+        # The next tile's queries come while this one is finished.
+        mbarrier.arrive(q_free.index(GROUP), count=1)
+        weights, acc, row_max, row_sum = state
+        older = (count - 1) % STAGES
+        mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
+        values = matrix(v_buffers.index(older), BLOCK_N, HEAD_DIM_V)
+        acc = warpgroup_mma(weights, values, acc, is_async=True)
+        turn += 1
+        following = receive(turn, mail, posted, taken)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_free.index(older), count=1)
+        store(
+            acc,
+            row_max,
+            row_sum,
+            scale_log2 * 0.6931471805599453,
+            matrix(staging.index(GROUP), GROUP_ROWS, HEAD_DIM_V),
+            (out_base + (sequence * out_strides[0] + head * out_strides[2]) * 8, out_strides[1]),
+            (lse_base + sequence * lse_strides[0] + head * lse_strides[2], lse_strides[1]),
+            own,
+            sq,
+        )
+        number = following

@@ -1,0 +1,32 @@
+"""Layouts: how tiles lie in shared memory and in the registers of a warpgroup."""
+
+from headfold.kernels.hopper.compat import gl, gluon
+
+GROUP_ROWS = gl.constexpr(64)  # rows of a consumer warpgroup: what one wgmma instruction takes
+
+
+@gluon.constexpr_function
+def shared_layout(rows, columns, bits, rank):
+    """The swizzled layout that TMA writes and wgmma reads, for boxes (1, 1, rows, columns) or (rows, columns)."""
+    width = columns * bits // 8
+    swizzle = next((n for n in (128, 64, 32) if width % n == 0), 0)
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=rank)
+
+
+@gluon.constexpr_function
+def accumulator(columns):
+    """A (64, columns) float32 accumulator over the four warps of a warpgroup."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.constexpr_function
+def weights_layout(columns):
+    """The weights as the left operand of a product, in registers: the accumulator's elements where they are."""
+    return gl.DotOperandLayout(0, accumulator(columns), 2)
+
+
+@gluon.constexpr_function
+def store_layout(columns):
+    """Rows of `columns` 16-bit elements over a warpgroup, 16 bytes a thread."""
+    across = min(32, columns // 8)
+    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])

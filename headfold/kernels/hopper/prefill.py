@@ -1,0 +1,119 @@
+"""The kernel: buffers, barriers, and who runs what."""
+
+from headfold.kernels.hopper.compat import fence_async_shared, gl, gluon, mbarrier
+from headfold.kernels.hopper.consumer import consume
+from headfold.kernels.hopper.layouts import GROUP_ROWS
+from headfold.kernels.hopper.masked import consume_masked
+from headfold.kernels.hopper.producer import produce
+
+# Registers a thread at the start: 12 warps share 65,536, and hand them over to the consumers (240) afterwards.
+MAX_REGISTERS = 168
+
+INTEGERS = (
+    "sq sk bottom_right heads group tiles section units window_left window_right mask_step_b mask_step_h "
+    "out_stride_b out_stride_s out_stride_h lse_stride_b lse_stride_s lse_stride_h"
+).split()
+
+
+@gluon.jit
+def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit(do_not_specialize=INTEGERS)
+def prefill_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    mask_desc,
+    Out,
+    Lse,
+    sq: gl.int32,
+    sk: gl.int32,
+    bottom_right: gl.int32,
+    heads: gl.int32,
+    group: gl.int32,
+    tiles: gl.int32,
+    section: gl.int32,
+    units: gl.int32,
+    window_left: gl.int32,
+    window_right: gl.int32,
+    mask_step_b: gl.int32,
+    mask_step_h: gl.int32,
+    out_stride_b: gl.int64,
+    out_stride_s: gl.int64,
+    out_stride_h: gl.int64,
+    lse_stride_b: gl.int64,
+    lse_stride_s: gl.int64,
+    lse_stride_h: gl.int64,
+    scale_log2: gl.float32,
+    counter,
+    HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Grid: one program a multiprocessor."""
+    GROUPS: gl.constexpr = 2
+    dtype: gl.constexpr = q_desc.dtype
+    q_buffers = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, GROUP_ROWS, HEAD_DIM], q_desc.layout)
+    k_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
+    v_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM_V], v_desc.layout)
+    mail = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = barriers(GROUPS, 1)
+    q_free = barriers(GROUPS, 1)
+    k_full = barriers(STAGES, 1)
+    k_free = barriers(STAGES, GROUPS)
+    v_full = barriers(STAGES, 1)
+    v_free = barriers(STAGES, GROUPS)
+    posted = barriers(2, 1)
+    taken = barriers(2, GROUPS)
+    mask_buffers = k_buffers  # not used without a mask
+    if MASKED:
+        mask_buffers = gl.allocate_shared_memory(
+            mask_desc.dtype, [STAGES * GROUPS, 1, 1, GROUP_ROWS, BLOCK_N], mask_desc.layout
+        )
+        staging = (
+            q_buffers  # with the mask there is no room for more: the results leave where the queries lay
+        )
+    else:
+        staging = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, GROUP_ROWS, HEAD_DIM_V], v_desc.layout)
+    fence_async_shared()
+    total = tiles * units
+    lengths = (sq, sk, bottom_right)
+    shape = (heads, tiles, section, units)
+    window = (window_left, window_right)
+    letters = (mail, posted, taken)
+    results = (Out, (out_stride_b, out_stride_s, out_stride_h))
+    lses = (Lse, (lse_stride_b, lse_stride_s, lse_stride_h))
+    flow = (q_full, q_free, k_full, k_free, v_full, v_free)
+    reads = (q_buffers, k_buffers, v_buffers, staging)
+    fetch = (
+        (q_desc, k_desc, v_desc, mask_desc), (q_buffers, k_buffers, v_buffers, mask_buffers), flow, letters, counter,
+        lengths, shape, window, (mask_step_b, mask_step_h), total, group,
+    )  # fmt: skip
+    common = (reads, flow, letters, results, lses, lengths, shape, window, total, scale_log2)
+    if MASKED:
+        gl.warp_specialize(
+            [
+                (consume_masked, (0, common, mask_buffers, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES)),
+                (consume_masked, (1, common, mask_buffers, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES)),
+                (produce, (fetch, BLOCK_N, GROUPS, STAGES, True)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES)),
+                (consume, (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES)),
+                (produce, (fetch, BLOCK_N, GROUPS, STAGES, False)),
+            ],
+            [4, 1],
+            [240, 24],
+        )

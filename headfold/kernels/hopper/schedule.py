@@ -1,0 +1,43 @@
+"""Who works on which tile: one counter in global memory, taken from by the producers, longest tiles first."""
+
+from headfold.kernels.hopper.compat import barrier, gl, gluon, mbarrier
+
+
+@gluon.constexpr_function
+def _one(warps):
+    return gl.BlockedLayout([1], [32], [warps], [0])
+
+
+@gluon.jit
+def publish(number, turn, mail, posted, taken):
+    """Give the consumers the tile of their turn `turn`. Called by the producer; two letters may be under way."""
+    slot = turn & 1
+    mbarrier.wait(taken.index(slot), ((turn >> 1) & 1) ^ 1)
+    mail.index(slot).store(gl.full([1], number, gl.int32, _one(1)))
+    barrier()
+    mbarrier.arrive(posted.index(slot), count=1)
+
+
+@gluon.jit
+def receive(turn, mail, posted, taken):
+    """The tile of turn `turn`, for a consumer."""
+    slot = turn & 1
+    mbarrier.wait(posted.index(slot), (turn >> 1) & 1)
+    number = gl.max(mail.index(slot).load(_one(4)), 0)
+    barrier()
+    mbarrier.arrive(taken.index(slot), count=1)
+    return number
+
+
+@gluon.jit
+def take(counter, programs):
+    """The next tile that no program has begun: the first `programs` go to the programs by their number."""
+    return gl.atomic_add(counter, 1, sem="relaxed", scope="gpu") + programs
+
+
+@gluon.jit
+def sign_off(counter, programs):
+    """Leave both counters at zero for the next launch: the last program that ends does it."""
+    if gl.atomic_add(counter + 1, 1, sem="relaxed", scope="gpu") == programs - 1:
+        gl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
+        gl.atomic_xchg(counter + 1, 0, sem="relaxed", scope="gpu")

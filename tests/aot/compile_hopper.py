@@ -1,0 +1,92 @@
+"""Compile the Gluon kernel's variants without a GPU, with the launcher's own arguments.
+
+    python -m tests.aot.compile_hopper > report.json
+
+A process of its own, as compile_variants is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+from typing import Any
+
+import torch
+
+from headfold.backends.hopper import launch_arguments
+from headfold.kernels.hopper.prefill import prefill_kernel
+from headfold.planner import DEVICES, Plan
+from headfold.planner.hopper import plan_hopper
+from headfold.problem import Inputs, problem_of
+from tests.aot.compile_variants import TargetOnly, figures
+
+MASKS = (None, torch.bfloat16, torch.float16, torch.bool)
+
+
+def variants() -> dict[str, Inputs]:
+    """name -> a call that compiles to it. Lengths, windows, ratios and strides make no variants."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        for mask in MASKS:
+            q = torch.empty(2, 512, 8, 128, dtype=dtype)
+            k = torch.empty(2, 512, 2, 128, dtype=dtype)
+            x = Inputs(q, k, torch.empty_like(k))
+            if mask is not None:
+                x.mask = torch.empty(2, 8, 512, 512, dtype=mask)
+            words = [str(dtype), "plain" if mask is None else f"mask {mask}"]
+            found[" ".join(words).replace("torch.", "")] = x
+    return found
+
+
+def compiled(x: Inputs) -> tuple[Plan, Any]:
+    """The plan of a call and its compiled kernel."""
+    problem = dataclasses.replace(problem_of(x), device_type="cuda")
+    plan = plan_hopper(problem, DEVICES["h200"], triton_rows=2**31)
+    assert isinstance(plan, Plan), plan
+    out, lse = torch.empty(x.out_shape, dtype=x.q.dtype), torch.empty(x.lse_shape)
+    arguments, variant = launch_arguments(plan, x, out, lse)
+    counter = torch.empty(2, dtype=torch.int32)
+    return plan, prefill_kernel.run(*arguments, counter, grid=(plan.workers,), warmup=True, **variant)
+
+
+def block_loop_spills(kernel: Any) -> int:
+    """Local loads and stores in the innermost loops that hold products: the loops over blocks."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        dump = [knobs.nvidia.cuobjdump.path, "-sass", cubin.name]
+        sass = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
+    code = [(int(address, 16), text) for address, text in lines]
+    products = [address for address, text in code if "HGMMA" in text]
+    loops = []
+    for address, text in code:
+        target = re.search(r"^@\S+ BRA\b.* (0x[0-9a-f]+)", text)  # waits jump back too, without a condition
+        if target and any(int(target[1], 16) <= p <= address for p in products):
+            loops.append((int(target[1], 16), address))
+    inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+    assert inner
+    spills = [address for address, text in code if re.search(r"\b(STL|LDL)\b", text)]
+    return sum(any(a <= s <= b for a, b in inner) for s in spills)
+
+
+def main() -> None:
+    """Print one JSON object, name -> figures."""
+    from triton.runtime.driver import driver
+
+    driver.set_active(TargetOnly(90))
+    report = {}
+    for name, x in variants().items():
+        plan, kernel = compiled(x)
+        report[name] = {**figures(kernel, 90), "planned": plan.shared_memory}
+        report[name]["block_loop_spills"] = block_loop_spills(kernel)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

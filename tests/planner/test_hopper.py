@@ -1,0 +1,123 @@
+"""Which calls go to the Gluon kernel, and in what order it works them off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from headfold.planner import DEVICES, Plan, make_plan
+from headfold.planner.hopper import plan_hopper
+from headfold.problem import Inputs, Problem, problem_of
+from tests.planner.problems import problem
+
+H200 = DEVICES["h200"]
+
+
+def prefill(**other: Any) -> Problem:
+    """32:8 d128, 4096 queries on 4096 keys, on a GPU."""
+    return problem(32, 8, 1, 4096, 4096, 128, **{"device_type": "cuda", **other})
+
+
+def reason(p: Problem, device: str = "h200") -> str:
+    plan = make_plan(p, DEVICES[device])
+    assert plan.backend == "triton"
+    return " ".join(plan.reasons)
+
+
+def test_a_dense_prefill_runs_on_hopper() -> None:
+    plan = make_plan(prefill(), H200)
+    assert (plan.backend, plan.kernel, plan.fold, plan.block_m, plan.block_n) == (
+        "hopper",
+        "prefill",
+        1,
+        128,
+        128,
+    )
+    assert plan.tiles * plan.head_units == 32 * 4096 // 128
+    assert plan.workers == H200.sms
+    assert "the longest first" in plan.explain(prefill(), H200)
+
+
+@pytest.mark.parametrize("device", ["a100", "b200", "rtx4090"])
+def test_other_gpus_keep_the_triton_kernel(device: str) -> None:
+    assert "Hopper" in reason(prefill(), device)
+
+
+def test_the_interpreter_keeps_the_triton_kernel() -> None:
+    """Gluon has none: tensors on the CPU that are planned for an H200 run interpreted Triton code."""
+    assert make_plan(prefill(device_type="cpu"), H200).backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"dtype": torch.float32}, "float16 and bfloat16"),
+        ({"head_dim": 80, "head_dim_v": 80}, "80/80"),
+        ({"kv_layout": "paged", "page_size": 16}, "dense"),
+        ({"q_layout": "ragged"}, "dense"),
+        ({"lengths_on_device": True}, "full length"),
+        ({"aligned": False}, "16-byte"),
+        ({"pack_gqa": True}, "pack_gqa=True"),
+        ({"extras": ("a sink", "a softcap")}, "no a sink and no a softcap"),
+    ],
+)
+def test_what_it_cannot_do_goes_to_triton_and_the_plan_says_why(other: dict[str, Any], words: str) -> None:
+    assert words in reason(prefill(**other))
+
+
+def test_short_queries_of_a_group_are_folded_by_the_triton_kernel() -> None:
+    """20 positions of 8 heads fill 160 rows folded, and 8 tiles of 128 rows head by head."""
+    p = problem(64, 8, 32, 20, 8192, 128, device_type="cuda")
+    assert "tiles of one head" in reason(p)
+
+
+def test_programs_and_sections_are_bounded_by_what_there_is() -> None:
+    small = plan_hopper(problem(4, 1, 1, 130, 130, 128, device_type="cuda"), H200, triton_rows=2**31)
+    assert isinstance(small, Plan)
+    assert (small.workers, small.section) == (8, 4)
+    long = plan_hopper(prefill(max_seqlen_k=1 << 20, sm_margin=32), H200, triton_rows=2**31)
+    assert isinstance(long, Plan)
+    assert (long.workers, long.section) == (100, 4)  # never less than a group: it shares K and V
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_shared_memory_fits(mask: bool) -> None:
+    plan = make_plan(prefill(tensor_mask=mask), H200)
+    assert plan.backend == "hopper"
+    assert plan.shared_memory <= H200.smem
+
+
+def inputs(**other: Any) -> Inputs:
+    q = torch.empty(1, 300, 8, 128, dtype=torch.bfloat16)
+    k = torch.empty(1, 300, 2, 128, dtype=torch.bfloat16)
+    return Inputs(q, k, torch.empty_like(k), **other)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (torch.empty(1, 8, 300, 304, dtype=torch.bfloat16)[..., :300], ()),
+        (torch.empty(1, 1, 300, 304, dtype=torch.float16)[..., :300].expand(1, 8, 300, 300), ()),
+        (torch.empty(1, 8, 300, 304, dtype=torch.bool)[..., :300], ()),
+        (torch.empty(1, 8, 300, 300), ("a float32 mask",)),
+        (torch.empty(1, 8, 300, 300, dtype=torch.bfloat16), ("a mask without rows of 16-byte multiples",)),
+        (
+            torch.empty(1, 8, 1, 304, dtype=torch.bool)[..., :300].expand(1, 8, 300, 300),
+            ("a mask without rows of 16-byte multiples",),
+        ),
+    ],
+)
+def test_masks_that_the_copy_engine_can_fetch(mask: torch.Tensor, words: tuple[str, ...]) -> None:
+    assert problem_of(inputs(mask=mask)).extras == words
+
+
+def test_extras_name_what_a_call_asks_beyond() -> None:
+    x = inputs(sink=torch.zeros(8), softcap=3.0, softmax_scale=-0.1)
+    assert problem_of(x).extras == ("a sink", "a softcap", "a negative softmax scale")
+    x = inputs(mask=torch.empty(1, 8, 300, 304, dtype=torch.bool)[..., :300], window_left=3)
+    assert problem_of(x).extras == ("a mask within a left window",)
+    x = inputs()
+    x.k = x.k[:, :, :1].expand(1, 300, 2, 128)
+    assert problem_of(x).extras == ("an expanded tensor",)
