@@ -146,6 +146,10 @@ def test_explain_gives_the_launch_numbers_of_the_plan(name: str, device: Device)
     assert (rows, keys, warps, stages) == (plan.block_m, plan.block_n, plan.num_warps, plan.num_stages)
     used, paid = numbers(r"rows used of rows paid for: (\d+) of (\d+)", text)
     assert (used, paid) == (p.total_q * p.num_heads, plan.tiles * plan.head_units * plan.block_m)
+    if plan.workers:
+        tiles, workers = numbers(r"(\d+) tiles taken by (\d+) programs", text)
+        assert (tiles, workers) == (plan.tiles * plan.head_units, plan.workers)
+        return
     programs, sms, waves, idle = numbers(
         r"(\d+) programs on (\d+) multiprocessors: (\d+) waves?, (\d+)% of the last slots idle", text
     )
