@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from headfold import backends
+from headfold import prepared
 from headfold.features import check_features
 from headfold.merge import check_combine, combine_shapes, run_combine
 from headfold.problem import Inputs, check, check_out
@@ -37,11 +37,9 @@ lib.define(f"combine({_COMBINE_ARGS}, ScalarType? out_dtype=None) -> (Tensor, Te
 lib.define(f"combine_out({_COMBINE_ARGS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()", tags=_TAGS)
 
 
-def _checked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    x = Inputs(*args, **kwargs)
+def _check(x: Inputs) -> None:
     check(x)
     check_features(x)
-    return x
 
 
 def _empty_results(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,16 +47,24 @@ def _empty_results(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    x = _checked(args, kwargs)
+    x = Inputs(*args, **kwargs)
+    facts = prepared.facts_of(x)
+    run = prepared.find(facts)
+    if run is None:
+        _check(x)
     if value_checks_enabled():
         check_values(x)
     out, lse = _empty_results(x)
-    backends.run(x, out, lse)
+    if run is None:
+        run = prepared.keep(facts, x, out)
+    run(x, out, lse)
     return out, lse
 
 
 def _attention_fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_results(_checked(args, kwargs))
+    x = Inputs(*args, **kwargs)
+    _check(x)
+    return _empty_results(x)
 
 
 def _check_results(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -67,15 +73,23 @@ def _check_results(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
 
 
 def _attention_out(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:
-    x = _checked(args, kwargs)
-    _check_results(x, out, lse)
+    x = Inputs(*args, **kwargs)
+    facts = prepared.facts_of(x, out, lse)
+    run = prepared.find(facts)
+    if run is None:
+        _check(x)
+        _check_results(x, out, lse)
     if value_checks_enabled():
         check_values(x)
-    backends.run(x, out, lse)
+    if run is None:
+        run = prepared.keep(facts, x, out)
+    run(x, out, lse)
 
 
 def _attention_out_fake(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:
-    _check_results(_checked(args, kwargs), out, lse)
+    x = Inputs(*args, **kwargs)
+    _check(x)
+    _check_results(x, out, lse)
 
 
 def _combine(

@@ -6,8 +6,9 @@ the GPU through Triton's interpreter, and a plan made for another device through
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -39,24 +40,34 @@ def plan_of(x: Inputs, out: torch.Tensor | None = None) -> tuple[Problem, Plan]:
     return problem, make_plan(problem, device_of(x.q.device))
 
 
-def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Compute attention of checked inputs into `out` (x.out_shape) and `lse` (x.lse_shape, float32)."""
+def forced() -> Device | None:
+    """The Device of `force`, if one is in force."""
+    return _forced
+
+
+def prepare(x: Inputs, out: torch.Tensor) -> Callable[[Inputs, torch.Tensor, torch.Tensor], None]:
+    """Plan checked inputs whose output goes to `out`; returns what runs them, and any call that looks the same."""
     _, plan = plan_of(x, out)
     if plan.kernel == "none":
-        out.zero_()
-        if x.sink is None:
-            lse.fill_(float("-inf"))
-        else:  # the sink is all there is in the softmax
-            lse.copy_(x.sink.view(-1, 1).expand_as(lse))
-    elif plan.backend == "cpu":
-        from headfold.backends.cpu import run as run_on_cpu
-
-        run_on_cpu(plan, x, out, lse)
+        return _nothing
+    if plan.backend == "cpu":
+        from headfold.backends.cpu import run as run_plan
     elif plan.backend == "hopper":
-        from headfold.backends.hopper import run as run_on_hopper
-
-        run_on_hopper(plan, x, out, lse)
+        from headfold.backends.hopper import run as run_plan
     else:
-        from headfold.backends.triton import run as run_on_gpu
+        from headfold.backends.triton import run as run_plan
+    return partial(run_plan, plan)
 
-        run_on_gpu(plan, x, out, lse)
+
+def _nothing(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """No query, or no key: 0, and what the softmax is without keys."""
+    out.zero_()
+    if x.sink is None:
+        lse.fill_(float("-inf"))
+    else:  # the sink is all there is in the softmax
+        lse.copy_(x.sink.view(-1, 1).expand_as(lse))
+
+
+def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Compute attention of checked inputs into `out` (x.out_shape) and `lse` (x.lse_shape, float32)."""
+    prepare(x, out)(x, out, lse)
