@@ -34,44 +34,65 @@ def launch_arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The kernel's run-time arguments but the counter, and its compile-time ones with Triton's options."""
     rows, keys = plan.block_m // 2, plan.block_n
+    d, dv = plan.d_parts[0], plan.dv_parts[0]
+    q, k, v = (_by_head(t) for t in (x.q, x.k, x.v))
     mask, mask_steps = None, (0, 0)
     if x.mask is not None:
         dense = _unexpanded(x.mask)
         mask, mask_steps = boxes(dense, rows, keys), (int(dense.shape[0] > 1), int(dense.shape[1] > 1))
+    lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_q, x.seqused_k)
+    given = [t is not None for t in lengths]
+    ragged = x.cu_seqlens_q is not None
+    out_strides = (0, *out.stride()[:2]) if ragged else out.stride()[:3]
+    lse_strides = (
+        (0, lse.stride(1), lse.stride(0)) if ragged else (lse.stride(0), lse.stride(2), lse.stride(1))
+    )
     arguments = (
-        boxes(x.q.transpose(1, 2), rows, x.q.shape[3]),
-        boxes(x.k.transpose(1, 2), keys, x.k.shape[3]),
-        boxes(x.v.transpose(1, 2), keys, x.v.shape[3]),
+        boxes(q, rows, d),
+        boxes(k, keys, d),
+        boxes(v, keys, dv),
         mask,
         out,
         lse,
-        x.q.shape[1],
-        x.k.shape[1],
+        *(_any(t, lengths) for t in lengths),
+        *(int(one) for one in given),
+        q.shape[2],
+        k.shape[2],
         int(x.bottom_right),
-        x.q.shape[2],
-        x.q.shape[2] // x.k.shape[2],
+        q.shape[1],
+        q.shape[1] // k.shape[1],
         plan.tiles_per_sequence,
         plan.section,
-        x.q.shape[0] * x.q.shape[2],
+        x.batch * q.shape[1],
         OPEN_SIDE if x.window_left < 0 else min(x.window_left, OPEN_SIDE),
         OPEN_SIDE if x.window_right < 0 else min(x.window_right, OPEN_SIDE),
         *mask_steps,
-        *(s // 8 for s in out.stride()[:3]),
-        lse.stride(0),
-        lse.stride(2),
-        lse.stride(1),
+        *(s // 8 for s in out_strides),
+        *lse_strides,
         max(x.scale, NO_SCALE) * math.log2(math.e),
     )
     variant = {
-        "HEAD_DIM": x.q.shape[3],
-        "HEAD_DIM_V": x.v.shape[3],
+        "HEAD_DIM": d,
+        "HEAD_DIM_V": dv,
+        "COLUMNS": x.v.shape[-1],
         "BLOCK_N": keys,
         "STAGES": plan.num_stages,
         "MASKED": mask is not None,
+        "VARLEN": any(given),
         "num_warps": 4,
         "maxnreg": MAX_REGISTERS,
     }
     return arguments, variant
+
+
+def _by_head(t: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, rows, columns), a view; ragged tensors have one batch entry."""
+    return (t if t.dim() == 4 else t.unsqueeze(0)).transpose(1, 2)
+
+
+def _any(t: torch.Tensor | None, lengths: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
+    """`t`, or in its place a pointer that is not followed, so that calls that lack some lengths share a variant."""
+    return t if t is not None else next((one for one in lengths if one is not None), None)
 
 
 def boxes(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -8,8 +8,9 @@ from headfold.problem import Problem
 
 ROWS = 128  # two warpgroups of 64 query positions of one head
 STAGES = 2
-# On an H200 (32:8 d128) this kernel runs at 1.4 times the Triton kernel's TFLOP/s or more: it may waste rows for it.
-WORTH_ROWS = 1.4
+# On an H200 this kernel runs at 1.3 times the Triton kernel's TFLOP/s (d128, 4096 keys; d96 1.4, d256 1.9, d64 as
+# fast without a mask and 1.1 times causal): it may waste rows for it.
+WORTH_ROWS = 1.3
 # Share of the L2 cache that K and V of the heads in flight may take: 8 to 32 MB of an H200's 50 are within 1 % at
 # 4096 keys and more, 32 MB best at 1024 (16 heads, b16, causal: 417 TFLOP/s against 398).
 SECTION_OF_L2 = 2 / 3
@@ -26,16 +27,19 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
     if device.arch != (9, 0) or p.device_type != "cuda":
         return "the Triton kernel: the Gluon one is for Hopper GPUs"
     reason = refusal(p)
-    tiles = p.batch * -(-p.max_seqlen_q // ROWS)
+    per_sequence = -(-p.max_seqlen_q // ROWS)
+    # A ragged batch is laid out at its bound, and a tile past its sequence's end costs next to nothing.
+    tiles = min(p.batch * per_sequence, -(-p.total_q // ROWS) + p.batch)
     rows = tiles * p.num_heads * ROWS
     if not reason and not p.tensor_mask and rows > WORTH_ROWS * triton_rows:
         reason = f"whose tiles of one head would hold {rows} rows instead of {triton_rows}"
     if reason:
         return f"the Triton kernel, not the Gluon one, {reason}"
-    keys = 128
+    d, dv = tile_dim(p.head_dim), tile_dim(p.head_dim_v)
+    keys = 128 if max(d, dv) <= 128 else 64
     head_bytes = p.max_seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
     section = max(1, int(device.l2 * SECTION_OF_L2) // head_bytes) * p.group
-    workers = min(max(1, device.sms - p.sm_margin), tiles * p.num_heads)
+    workers = min(max(1, device.sms - p.sm_margin), p.batch * per_sequence * p.num_heads)
     return Plan(
         backend="hopper",
         kernel="prefill",
@@ -43,12 +47,12 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
         block_m=ROWS,
         block_n=keys,
         head_units=p.num_heads,
-        tiles=tiles,
-        tiles_per_sequence=-(-p.max_seqlen_q // ROWS),
+        tiles=p.batch * per_sequence,
+        tiles_per_sequence=per_sequence,
         num_warps=12,
         num_stages=STAGES,
-        d_parts=(p.head_dim, 0),
-        dv_parts=(p.head_dim_v, 0),
+        d_parts=(d, 0),
+        dv_parts=(dv, 0),
         use_tma=True,
         workers=workers,
         section=min(section, p.batch * p.num_heads),
@@ -65,10 +69,10 @@ def refusal(p: Problem) -> str:
     """Why the kernel cannot run `p`, as the end of a sentence; empty when it can."""
     if p.dtype.itemsize != 2:
         return "which is for float16 and bfloat16"
-    if (p.head_dim, p.head_dim_v) != (128, 128):
-        return f"which is for head dimension 128, not {p.head_dim}/{p.head_dim_v}"
-    if p.q_layout != "dense" or p.kv_layout != "dense" or p.lengths_on_device:
-        return "which is for dense q, k and v of full length"
+    if not tile_dim(p.head_dim) or not tile_dim(p.head_dim_v):
+        return f"whose tiles of 64, 128 or 256 columns would be padding by a third from {p.head_dim}/{p.head_dim_v}"
+    if p.kv_layout == "paged":
+        return "which has no page tables"
     if not p.aligned or not p.tma_strides:
         return "which needs rows of 16-byte multiples"
     if p.pack_gqa and p.group > 1:
@@ -78,9 +82,21 @@ def refusal(p: Problem) -> str:
     return ""
 
 
+def tile_dim(d: int) -> int:
+    """Columns of a tile for head dimension d; 0 where more than a quarter of them would be padding.
+
+    The copy engine pads for nothing (it fills in zeros), the products are paid for.
+    """
+    return next((n for n in (64, 128, 256) if 3 * n // 4 <= d <= n), 0)
+
+
 def shared_memory(p: Problem, keys: int) -> int:
     """Bytes of shared memory the kernel needs, an upper bound; tests compare it with what the compiler reports."""
-    kv = STAGES * keys * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
-    queries = ROWS * p.head_dim * p.dtype.itemsize
-    beside = 2 * ROWS * keys * 2 if p.tensor_mask else ROWS * p.head_dim_v * p.dtype.itemsize
-    return kv + queries + beside + 1024
+    size = p.dtype.itemsize
+    d, dv = tile_dim(p.head_dim), tile_dim(p.head_dim_v)
+    total = STAGES * keys * (d + dv) * size + ROWS * d * size
+    if p.tensor_mask:
+        total += STAGES * ROWS * keys * 2
+    if d < dv or not (p.tensor_mask or dv > 128):  # else results leave through the queries' buffer
+        total += ROWS * dv * size
+    return total + 1024

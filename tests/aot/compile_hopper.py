@@ -23,22 +23,31 @@ from headfold.planner.hopper import plan_hopper
 from headfold.problem import Inputs, problem_of
 from tests.aot.compile_variants import TargetOnly, figures
 
-MASKS = (None, torch.bfloat16, torch.float16, torch.bool)
+MASKS = (torch.bfloat16, torch.float16, torch.bool)
+DIMS = ((64, 64), (128, 128), (256, 256), (192, 128), (64, 128), (96, 96))
 
 
 def variants() -> dict[str, Inputs]:
     """name -> a call that compiles to it. Lengths, windows, ratios and strides make no variants."""
     found = {}
-    for dtype in (torch.bfloat16, torch.float16):
-        for mask in MASKS:
-            q = torch.empty(2, 512, 8, 128, dtype=dtype)
-            k = torch.empty(2, 512, 2, 128, dtype=dtype)
-            x = Inputs(q, k, torch.empty_like(k))
-            if mask is not None:
-                x.mask = torch.empty(2, 8, 512, 512, dtype=mask)
-            words = [str(dtype), "plain" if mask is None else f"mask {mask}"]
-            found[" ".join(words).replace("torch.", "")] = x
+    for d, dv in DIMS:
+        found[f"d{d}/{dv} dense"] = call(d, dv)
+        found[f"d{d}/{dv} ragged"] = ragged = call(d, dv)
+        ragged.seqused_k = torch.empty(2, dtype=torch.int32)
+    found["d128/128 float16 dense"] = call(128, 128, torch.float16)
+    for d, mask in [(128, m) for m in MASKS] + [
+        (64, torch.bfloat16),
+        (256, torch.bfloat16),
+        (256, torch.bool),
+    ]:
+        found[f"d{d}/{d} mask {mask}".replace("torch.", "")] = x = call(d, d)
+        x.mask = torch.empty(2, 8, 512, 512, dtype=mask)
     return found
+
+
+def call(d: int, dv: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
+    q, k = torch.empty(2, 512, 8, d, dtype=dtype), torch.empty(2, 512, 2, d, dtype=dtype)
+    return Inputs(q, k, torch.empty(2, 512, 2, dv, dtype=dtype))
 
 
 def compiled(x: Inputs) -> tuple[Plan, Any]:

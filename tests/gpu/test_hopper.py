@@ -53,15 +53,18 @@ def drawn(seed: int) -> Inputs:
     dtype = r.choice((torch.bfloat16, torch.float16))
     batch, hk, group = r.randint(1, 3), r.randint(1, 3), r.choice((1, 2, 3, 4, 5, 8))
     sq, sk = r.randint(129, 700), r.randint(1, 900)
-    d = 128
+    d, dv = r.choice(
+        ((128, 128), (128, 128), (64, 64), (256, 256), (192, 128), (64, 128), (96, 96), (56, 120))
+    )
     pad = r.choice((0, 8, 64))  # rows of a wider tensor: strides that are not the sizes'
+    group = min(group, 3) if d == 256 else group
     q = rand(batch, sq, hk * group, d + pad, dtype=dtype)[..., :d]
     k = (
         rand(batch, hk, sk, d, dtype=dtype).transpose(1, 2)
         if r.random() < 0.5
         else rand(batch, sk, hk, d, dtype=dtype)
     )
-    v = rand(batch, sk, hk, d + pad, dtype=dtype)[..., pad:]
+    v = rand(batch, sk, hk, dv + pad, dtype=dtype)[..., pad:]
     window = r.choice(
         ((-1, -1), (-1, 0), (r.randint(0, 300), 0), (r.randint(0, 300), r.randint(0, 300)), (50, -1))
     )
@@ -97,7 +100,7 @@ def drawn_mask(r: random.Random, batch: int, heads: int, sq: int, sk: int) -> to
     return mask[..., :sk].expand(batch, heads, sq, sk)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(120))
 def test_drawn_calls(seed: int) -> None:
     x = drawn(seed)
     assert_accurate(x, *attend(x))
@@ -105,7 +108,7 @@ def test_drawn_calls(seed: int) -> None:
 
 @pytest.mark.parametrize("sq", [128, 512, 2048])
 @pytest.mark.parametrize("kind", ["plain", "causal", "added", "bool", "holes"])
-def test_two_hundred_runs_have_the_same_bits(kind: str, sq: int) -> None:
+def test_repeated_runs_have_the_same_bits(kind: str, sq: int) -> None:
     """Buffers change hands between warpgroups and the copy engine; with one tile a program, races show most.
 
     A mask block handed back right after its last read was overwritten under that read in 41 of 600 runs, until a
@@ -123,7 +126,7 @@ def test_two_hundred_runs_have_the_same_bits(kind: str, sq: int) -> None:
         x.mask = torch.rand(3, 4, sq, sq, device="cuda") < 0.5
     first = attend(x)
     assert_accurate(x, *first)
-    for _ in range(200):
+    for _ in range(200 if sq < 2048 else 50):
         again = attend(x)
         assert torch.equal(again[0], first[0])
         assert torch.equal(again[1], first[1])
@@ -178,3 +181,46 @@ def test_rows_whose_biases_are_all_the_lowest_float() -> None:
     want = torch.einsum("bhqk,bkhd->bqhd", scores.float().softmax(-1).double(), v.double())
     assert (out - want).abs().max() < 0.01
     assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_drawn_ragged_calls(seed: int) -> None:
+    """Offsets and lengths in device memory; what lies beyond a sequence's end is NaN or another sequence."""
+    r = random.Random(seed)
+    torch.manual_seed(seed)
+    d, dv = r.choice(((128, 128), (64, 64), (256, 256), (192, 128)))
+    batch, hk, group = r.randint(1, 5), r.randint(1, 2), r.choice((1, 3, 4))
+    q_lens = [r.choice((0, 1, 128, r.randint(1, 600))) for _ in range(batch)]
+    k_lens = [r.choice((0, 1, 256, r.randint(1, 900))) for _ in range(batch)]
+    q_lens[0] = 300
+    ints = {"dtype": torch.int32, "device": "cuda"}
+    x = Inputs(rand(1), rand(1), rand(1), window_right=r.choice((-1, 0)), window_left=r.choice((-1, -1, 77)))
+    if r.random() < 0.5:  # ragged q
+        x.q = rand(sum(q_lens) + 5, hk * group, d)
+        x.cu_seqlens_q = torch.tensor([0, *q_lens], **ints).cumsum(0).int()
+        x.max_seqlen_q = max(q_lens)
+    else:
+        x.q = rand(batch, max(q_lens), hk * group, d)
+        x.seqused_q = torch.tensor(q_lens, **ints)
+    if r.random() < 0.5:  # ragged k
+        rows = sum(k_lens) + 5
+        x.k, x.v = rand(rows, hk, d), rand(rows, hk, dv)
+        x.cu_seqlens_k = torch.tensor([0, *k_lens], **ints).cumsum(0).int()
+        x.max_seqlen_k = max(*k_lens, 1)  # a batch without a key is no launch at all
+        x.k[sum(k_lens) :], x.v[sum(k_lens) :] = NAN, NAN
+        if r.random() < 0.5:
+            used = [r.randint(0, n) for n in k_lens]
+            x.seqused_k = torch.tensor(used, **ints)
+            starts = x.cu_seqlens_k.tolist()
+            for n, first, last in zip(used, starts, starts[1:], strict=False):
+                x.k[first + n : last], x.v[first + n : last] = NAN, NAN
+    else:
+        most = max(*k_lens, 1)
+        x.k, x.v = rand(batch, most, hk, d), rand(batch, most, hk, dv)
+        x.seqused_k = torch.tensor(k_lens, **ints)
+        for i, n in enumerate(k_lens):
+            x.k[i, n:], x.v[i, n:] = NAN, NAN
+    out, lse = attend(x)
+    assert_accurate(x, out, lse)
+    again = attend(x)
+    assert torch.equal(again[0].nan_to_num(5.0), out.nan_to_num(5.0))

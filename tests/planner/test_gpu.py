@@ -265,8 +265,8 @@ def test_a_window_decode_is_not_split_for_keys_it_never_sees() -> None:
 
 
 def test_tma_needs_aligned_whole_half_precision_rows_without_pages() -> None:
-    """What the copy engine can address: each condition alone forbids it."""
-    p = problem(sq=4096, sk=4096)
+    """What the Triton kernel's copy engine can address: each condition alone forbids it."""
+    p = problem(sq=4096, sk=4096, device_type="cpu")  # on a Hopper GPU the Gluon kernel has rules of its own
     assert tma_possible(p)
     assert make_plan(p, H200).use_tma
     for change in (
@@ -288,8 +288,9 @@ def test_tma_needs_aligned_whole_half_precision_rows_without_pages() -> None:
 @given(problems(), st.sampled_from(GPUS))
 def test_no_plan_uses_tma_where_it_is_impossible(p: Any, device: Any) -> None:
     """Whatever the features: a mask's tiles go through the copy engine too, on the same terms."""
-    if make_plan(p, device).use_tma:
-        assert tma_possible(p)
+    plan = make_plan(p, device)
+    if plan.use_tma:
+        assert tma_possible(p) or plan.backend == "hopper"
         assert p.aligned
         assert p.tma_strides
         assert p.kv_layout != "paged"

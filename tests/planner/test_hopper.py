@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from headfold.planner import DEVICES, Plan, make_plan
-from headfold.planner.hopper import plan_hopper
+from headfold.planner.hopper import plan_hopper, tile_dim
 from headfold.problem import Inputs, Problem, problem_of
 from tests.planner.problems import problem
 
@@ -55,9 +55,7 @@ def test_the_interpreter_keeps_the_triton_kernel() -> None:
     [
         ({"dtype": torch.float32}, "float16 and bfloat16"),
         ({"head_dim": 80, "head_dim_v": 80}, "80/80"),
-        ({"kv_layout": "paged", "page_size": 16}, "dense"),
-        ({"q_layout": "ragged"}, "dense"),
-        ({"lengths_on_device": True}, "full length"),
+        ({"kv_layout": "paged", "page_size": 16}, "page tables"),
         ({"aligned": False}, "16-byte"),
         ({"pack_gqa": True}, "pack_gqa=True"),
         ({"extras": ("a sink", "a softcap")}, "no a sink and no a softcap"),
@@ -71,6 +69,21 @@ def test_short_queries_of_a_group_are_folded_by_the_triton_kernel() -> None:
     """20 positions of 8 heads fill 160 rows folded, and 8 tiles of 128 rows head by head."""
     p = problem(64, 8, 32, 20, 8192, 128, device_type="cuda")
     assert "tiles of one head" in reason(p)
+
+
+@pytest.mark.parametrize(
+    ("d", "columns"), [(48, 64), (64, 64), (80, 0), (96, 128), (128, 128), (160, 0), (192, 256), (256, 256)]
+)
+def test_a_tile_is_padded_by_a_quarter_of_its_columns_at_most(d: int, columns: int) -> None:
+    assert tile_dim(d) == columns
+
+
+def test_a_ragged_batch_is_laid_out_at_its_bound() -> None:
+    ragged = {"q_layout": "ragged", "kv_layout": "ragged", "total_q": 9000, "lengths_on_device": True}
+    p = problem(32, 8, 8, 4096, 4096, 128, **{"device_type": "cuda", **ragged})
+    plan = make_plan(p, H200)
+    assert plan.backend == "hopper"
+    assert plan.tiles == 8 * 32
 
 
 def test_programs_and_sections_are_bounded_by_what_there_is() -> None:

@@ -19,7 +19,7 @@ from headfold.kernels.hopper.layouts import (
     weights_layout,
 )
 from headfold.kernels.hopper.schedule import receive
-from headfold.kernels.hopper.spans import full_blocks, locate, tile_blocks
+from headfold.kernels.hopper.spans import full_blocks, locate, sequence, tile_blocks
 
 
 @gluon.jit
@@ -93,6 +93,15 @@ def attend(
 
 
 @gluon.jit
+def release(free):
+    """Hand shared memory that all four warps have read by ordinary loads back to the producer."""
+    # What the copy engine writes next must not overtake these reads: without the fence it did (41 of 600 runs).
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(free, count=1)
+
+
+@gluon.jit
 def zero_unseen(
     v_buffers,
     v_full,
@@ -103,6 +112,7 @@ def zero_unseen(
     BLOCK_N: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
     STAGES: gl.constexpr,
+    VARLEN: gl.constexpr,
 ):
     """Zero the values from key `end` on in a tile's last block, number `count`, whose first key is `key`.
 
@@ -110,7 +120,11 @@ def zero_unseen(
     does not help against that; beyond sk the copy engine fills in zeros. Each consumer writes for itself: the other
     reads the same bytes or these zeros.
     """
-    if (end < key + BLOCK_N) & (end < sk):
+    outside = end < sk
+    if VARLEN:  # beyond sk comes another sequence, or what an earlier one left
+        outside = True
+        end = gl.minimum(end, sk)
+    if (end < key + BLOCK_N) & outside:
         PART: gl.constexpr = 32
         layout: gl.constexpr = store_layout(HEAD_DIM_V)
         stage = count % STAGES
@@ -127,21 +141,32 @@ def zero_unseen(
 
 
 @gluon.jit
-def store(acc, row_max, row_sum, scale, staging, Out, Lse, first, sq):
-    """Finish 64 rows and write those that exist, through shared memory in 16-byte pieces, the unit of Out's strides."""
+def offset(base, strides, batch, row, head, UNIT: gl.constexpr):
+    """Where the rows of a sequence's head begin; strides are (batch, row, head) in units of UNIT elements."""
+    return base + (batch * strides[0] + row * strides[1] + head * strides[2]) * UNIT
+
+
+@gluon.jit
+def store(acc, row_max, row_sum, scale, staging, Out, Lse, first, sq, COLUMNS: gl.constexpr):
+    """Finish 64 rows and write those that exist, through shared memory in 16-byte pieces, the unit of Out's strides.
+
+    COLUMNS of the accumulator's are the head dimension, the rest is padding.
+    """
     out_base, out_stride = Out
     lse_base, lse_stride = Lse
     inverse, lse = softmax.finish(row_max, row_sum, scale)
-    COLUMNS: gl.constexpr = acc.shape[1]
-    layout: gl.constexpr = store_layout(COLUMNS)
+    layout: gl.constexpr = store_layout(acc.shape[1])
     acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
     staging.store(acc.to(staging.dtype))
     position = first + gl.arange(0, GROUP_ROWS, row_max.type.layout)
     gl.store(lse_base + position.to(gl.int64) * lse_stride, lse, mask=position < sq)
     row = first + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
-    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    column = gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
+    live = (row < sq)[:, None]
+    if COLUMNS < acc.shape[1]:
+        live = live & (column < COLUMNS)[None, :]
     offsets = row.to(gl.int64)[:, None] * (out_stride * 8) + column[None, :]
-    gl.store(out_base + offsets, staging.load(layout), mask=(row < sq)[:, None])
+    gl.store(out_base + offsets, staging.load(layout), mask=live)
 
 
 @gluon.jit
@@ -153,13 +178,15 @@ def consume(
     BLOCK_N: gl.constexpr,
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SHARED: gl.constexpr,
+    VARLEN: gl.constexpr,
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces."""
-    reads, bars, letters, Out, Lse, lengths, shape, window, total, scale_log2 = common
+    reads, bars, letters, Out, Lse, lengths, bottom_right, shape, window, total, scale_log2 = common
     q_buffers, k_buffers, v_buffers, staging = reads
     q_full, q_free, k_full, k_free, v_full, v_free = bars
     mail, posted, taken = letters
-    sq, sk, bottom_right = lengths
     out_base, out_strides = Out
     lse_base, lse_strides = Lse
     rows: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
@@ -168,7 +195,8 @@ def consume(
     count = 0
     number = receive(turn, mail, posted, taken)
     while number < total:
-        sequence, head, tile = locate(number, shape)
+        entry, head, tile = locate(number, shape)
+        q_batch, q_first, sq, k_batch, k_first, sk = sequence(entry, lengths, VARLEN)
         first = tile * (GROUP_ROWS * GROUPS)
         shift = (sk - sq) * bottom_right
         low, high, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N)
@@ -178,7 +206,7 @@ def consume(
         stage = count % STAGES
         zero_unseen(
             v_buffers, v_full, count, low + (blocks - 1) * BLOCK_N, sq + shift + window[1], sk,
-            BLOCK_N, HEAD_DIM_V, STAGES,
+            BLOCK_N, HEAD_DIM_V, STAGES, VARLEN,
         )  # fmt: skip
         mbarrier.wait(q_full.index(GROUP), turn & 1)
         mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
@@ -218,7 +246,8 @@ def consume(
             scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True,
         )  # fmt: skip
         # The next tile's queries come while this one is finished.
-        mbarrier.arrive(q_free.index(GROUP), count=1)
+        if not SHARED:
+            mbarrier.arrive(q_free.index(GROUP), count=1)
         weights, acc, row_max, row_sum = state
         older = (count - 1) % STAGES
         mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
@@ -234,9 +263,12 @@ def consume(
             row_sum,
             scale_log2 * 0.6931471805599453,
             matrix(staging.index(GROUP), GROUP_ROWS, HEAD_DIM_V),
-            (out_base + (sequence * out_strides[0] + head * out_strides[2]) * 8, out_strides[1]),
-            (lse_base + sequence * lse_strides[0] + head * lse_strides[2], lse_strides[1]),
+            (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1]),
+            (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1]),
             own,
             sq,
+            COLUMNS,
         )
+        if SHARED:
+            release(q_free.index(GROUP))
         number = following

@@ -2,18 +2,16 @@
 
 from headfold.kernels.hopper import softmax
 from headfold.kernels.hopper.compat import (
-    barrier,
-    fence_async_shared,
     gl,
     gluon,
     mbarrier,
     view_as,
     warpgroup_mma,
 )
-from headfold.kernels.hopper.consumer import hide, matrix, store, zero_unseen
+from headfold.kernels.hopper.consumer import hide, matrix, offset, release, store, zero_unseen
 from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, shared_layout, weights_layout
 from headfold.kernels.hopper.schedule import receive
-from headfold.kernels.hopper.spans import full_blocks, locate, tile_blocks
+from headfold.kernels.hopper.spans import full_blocks, locate, sequence, tile_blocks
 
 # Rows of a mask block that are looked at first. Where the diagonal of a causal mask cuts a block, its last rows live.
 SAMPLE = gl.constexpr(16)
@@ -61,15 +59,6 @@ def to_float(bias):
 
 
 @gluon.jit
-def release(free):
-    """Hand keys and mask block back to the producer, once all four warps have read them."""
-    # What the copy engine writes next must not overtake these reads: without the fence it did (41 of 600 runs).
-    fence_async_shared()
-    barrier()
-    mbarrier.arrive(free, count=1)
-
-
-@gluon.jit
 def consume_masked(
     GROUP: gl.constexpr,
     common,
@@ -79,13 +68,15 @@ def consume_masked(
     BLOCK_N: gl.constexpr,
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SHARED: gl.constexpr,
+    VARLEN: gl.constexpr,
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces."""
-    reads, flow, letters, Out, Lse, lengths, shape, window, total, scale_log2 = common
+    reads, flow, letters, Out, Lse, lengths, bottom_right, shape, window, total, scale_log2 = common
     q_buffers, k_buffers, v_buffers, staging = reads
     q_full, q_free, k_full, k_free, v_full, v_free = flow
     mail, posted, taken = letters
-    sq, sk, bottom_right = lengths
     out_base, out_strides = Out
     lse_base, lse_strides = Lse
     layout: gl.constexpr = accumulator(BLOCK_N)
@@ -97,7 +88,8 @@ def consume_masked(
     count = 0
     number = receive(turn, mail, posted, taken)
     while number < total:
-        sequence, head, tile = locate(number, shape)
+        entry, head, tile = locate(number, shape)
+        q_batch, q_first, sq, k_batch, k_first, sk = sequence(entry, lengths, VARLEN)
         first = tile * (GROUP_ROWS * GROUPS)
         shift = (sk - sq) * bottom_right
         low, high, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N)
@@ -109,7 +101,7 @@ def consume_masked(
         mbarrier.wait(q_full.index(GROUP), turn & 1)
         zero_unseen(
             v_buffers, v_full, count, low + (blocks - 1) * BLOCK_N, sq + shift + window[1], sk,
-            BLOCK_N, HEAD_DIM_V, STAGES,
+            BLOCK_N, HEAD_DIM_V, STAGES, VARLEN,
         )  # fmt: skip
         for i in range(blocks):
             block = blocks - 1 - i
@@ -148,11 +140,15 @@ def consume_masked(
             row_sum,
             1.0 if ADDED else scale,
             matrix(staging.index(GROUP), GROUP_ROWS, HEAD_DIM_V),
-            (out_base + (sequence * out_strides[0] + head * out_strides[2]) * 8, out_strides[1]),
-            (lse_base + sequence * lse_strides[0] + head * lse_strides[2], lse_strides[1]),
+            (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1]),
+            (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1]),
             own,
             sq,
+            COLUMNS,
         )
-        release(q_free.index(GROUP))  # the results went through the queries' buffer
+        if SHARED:
+            release(q_free.index(GROUP))
+        else:
+            mbarrier.arrive(q_free.index(GROUP), count=1)
         turn += 1
         number = receive(turn, mail, posted, taken)

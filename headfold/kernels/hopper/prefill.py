@@ -10,7 +10,8 @@ from headfold.kernels.hopper.producer import produce
 MAX_REGISTERS = 168
 
 INTEGERS = (
-    "sq sk bottom_right heads group tiles section units window_left window_right mask_step_b mask_step_h "
+    "has_cu_q has_cu_k has_used_q has_used_k sq sk bottom_right heads group tiles section units "
+    "window_left window_right mask_step_b mask_step_h "
     "out_stride_b out_stride_s out_stride_h lse_stride_b lse_stride_s lse_stride_h"
 ).split()
 
@@ -31,6 +32,14 @@ def prefill_kernel(
     mask_desc,
     Out,
     Lse,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_q,
+    seqused_k,
+    has_cu_q: gl.int32,
+    has_cu_k: gl.int32,
+    has_used_q: gl.int32,
+    has_used_k: gl.int32,
     sq: gl.int32,
     sk: gl.int32,
     bottom_right: gl.int32,
@@ -53,9 +62,11 @@ def prefill_kernel(
     counter,
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
+    COLUMNS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
+    VARLEN: gl.constexpr,
 ):
     """Grid: one program a multiprocessor."""
     GROUPS: gl.constexpr = 2
@@ -77,14 +88,16 @@ def prefill_kernel(
         mask_buffers = gl.allocate_shared_memory(
             mask_desc.dtype, [STAGES * GROUPS, 1, 1, GROUP_ROWS, BLOCK_N], mask_desc.layout
         )
-        staging = (
-            q_buffers  # with the mask there is no room for more: the results leave where the queries lay
-        )
+    # Where shared memory is short the results leave where the queries lay, and the next queries come later.
+    SHARED: gl.constexpr = HEAD_DIM >= HEAD_DIM_V and (MASKED or HEAD_DIM_V > 128)
+    if SHARED:
+        staging = q_buffers
     else:
         staging = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, GROUP_ROWS, HEAD_DIM_V], v_desc.layout)
     fence_async_shared()
     total = tiles * units
-    lengths = (sq, sk, bottom_right)
+    pointers = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    lengths = (sq, sk, pointers, (has_cu_q, has_cu_k, has_used_q, has_used_k))
     shape = (heads, tiles, section, units)
     window = (window_left, window_right)
     letters = (mail, posted, taken)
@@ -94,15 +107,45 @@ def prefill_kernel(
     reads = (q_buffers, k_buffers, v_buffers, staging)
     fetch = (
         (q_desc, k_desc, v_desc, mask_desc), (q_buffers, k_buffers, v_buffers, mask_buffers), flow, letters, counter,
-        lengths, shape, window, (mask_step_b, mask_step_h), total, group,
+        lengths, bottom_right, shape, window, (mask_step_b, mask_step_h), total, group,
     )  # fmt: skip
-    common = (reads, flow, letters, results, lses, lengths, shape, window, total, scale_log2)
+    common = (reads, flow, letters, results, lses, lengths, bottom_right, shape, window, total, scale_log2)
     if MASKED:
         gl.warp_specialize(
             [
-                (consume_masked, (0, common, mask_buffers, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES)),
-                (consume_masked, (1, common, mask_buffers, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES)),
-                (produce, (fetch, BLOCK_N, GROUPS, STAGES, True)),
+                (
+                    consume_masked,
+                    (
+                        0,
+                        common,
+                        mask_buffers,
+                        HEAD_DIM,
+                        HEAD_DIM_V,
+                        BLOCK_N,
+                        GROUPS,
+                        STAGES,
+                        COLUMNS,
+                        SHARED,
+                        VARLEN,
+                    ),
+                ),
+                (
+                    consume_masked,
+                    (
+                        1,
+                        common,
+                        mask_buffers,
+                        HEAD_DIM,
+                        HEAD_DIM_V,
+                        BLOCK_N,
+                        GROUPS,
+                        STAGES,
+                        COLUMNS,
+                        SHARED,
+                        VARLEN,
+                    ),
+                ),
+                (produce, (fetch, BLOCK_N, GROUPS, STAGES, True, VARLEN)),
             ],
             [4, 1],
             [240, 24],
@@ -110,9 +153,15 @@ def prefill_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES)),
-                (consume, (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES)),
-                (produce, (fetch, BLOCK_N, GROUPS, STAGES, False)),
+                (
+                    consume,
+                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN),
+                ),
+                (
+                    consume,
+                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN),
+                ),
+                (produce, (fetch, BLOCK_N, GROUPS, STAGES, False, VARLEN)),
             ],
             [4, 1],
             [240, 24],

@@ -5,7 +5,7 @@ from headfold.kernels.hopper.compat import gl, gluon
 
 @gluon.jit
 def locate(number, shape):
-    """(sequence, query head, tile of the sequence) of a tile's place in the order of work.
+    """(number of the sequence, query head, tile of the sequence) of a tile's place in the order of work.
 
     Heads go in sections whose K and V stay in the L2 cache together. Within a section the last tiles of all its heads
     come first: under a causal mask they are the longest, and what ends a launch should be short.
@@ -16,8 +16,8 @@ def locate(number, shape):
     rest = number - start * tiles
     level = rest // width
     unit = start + rest - level * width
-    sequence = unit // heads
-    return sequence, unit - sequence * heads, tiles - 1 - level
+    number = unit // heads
+    return number, unit - number * heads, tiles - 1 - level
 
 
 @gluon.jit
@@ -44,3 +44,32 @@ def full_blocks(first, rows, sq, sk, shift, window, low, blocks, BLOCK_N: gl.con
     left = gl.minimum(gl.cdiv(gl.maximum(full_low - low, 0), BLOCK_N), blocks)
     right = gl.maximum(full_high - low, 0) // BLOCK_N
     return left, gl.minimum(gl.maximum(right, left), blocks)
+
+
+@gluon.jit
+def sequence(number, lengths, VARLEN: gl.constexpr):
+    """(batch index in q, its first row, its rows, batch index in K and V, their first key, their keys).
+
+    Ragged tensors have one batch entry, in which a sequence begins where cu_seqlens says. `lengths` are the
+    capacities of dense tensors, four pointers to int32 and a flag a pointer that tells whether it is given.
+    """
+    sq, sk, pointers, given = lengths
+    q_batch = number
+    k_batch = number
+    q_first = 0
+    k_first = 0
+    if VARLEN:
+        cu_q, cu_k, used_q, used_k = pointers
+        if given[0] != 0:
+            q_batch = 0
+            q_first = gl.load(cu_q + number)
+            sq = gl.load(cu_q + number + 1) - q_first
+        if given[1] != 0:
+            k_batch = 0
+            k_first = gl.load(cu_k + number)
+            sk = gl.load(cu_k + number + 1) - k_first
+        if given[2] != 0:
+            sq = gl.load(used_q + number)
+        if given[3] != 0:
+            sk = gl.load(used_k + number)
+    return q_batch, q_first, sq, k_batch, k_first, sk
