@@ -18,7 +18,13 @@ OPEN_SIDE = 2**30
 # Stands for a softmax scale of 0: every score becomes 0 to the last bit, and a hidden one stays -inf.
 NO_SCALE = 1e-30
 
+# Launches captured into graphs, over the process's life, that find a counter without clearing one in every replay.
+CAPTURED = 65536
+
+# By device and stream; by device, one pair a captured launch, and how many are taken.
 _counters: dict[tuple[int, int], torch.Tensor] = {}
+_pairs: dict[int, torch.Tensor] = {}
+_captured: dict[int, int] = {}
 
 
 def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -112,13 +118,24 @@ def _unexpanded(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _counter(device: torch.device) -> torch.Tensor:
-    """Two zeros for the launch at hand. The kernel leaves them at zero, so launches of a stream can share them.
+    """Two zeros for the launch at hand; the kernel leaves them at zero when it ends.
 
-    A captured launch gets its own, cleared by every replay: graphs may run beside each other.
+    So launches of a stream share a pair. A captured launch has one to itself for good: graphs may run beside each
+    other. Those pairs are cleared once, before any capture; when they are used up, or nothing ran before a capture,
+    the graph clears a pair of its own in every replay.
     """
+    index = torch.cuda.current_device()
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    key = (torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream)
+        used = _captured.get(index, CAPTURED)
+        if used == CAPTURED:
+            return torch.zeros(2, dtype=torch.int32, device=device)
+        _captured[index] = used + 1
+        return _pairs[index][used]
+    key = (index, torch.cuda.current_stream().cuda_stream)
     if key not in _counters:
         _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
+    if index not in _pairs:
+        _pairs[index] = torch.zeros(CAPTURED, 2, dtype=torch.int32, device=device)
+        torch.cuda.current_stream().synchronize()  # once a process: a graph may run on any stream
+        _captured[index] = 0
     return _counters[key]

@@ -194,8 +194,8 @@ def consume(
     turn = 0
     count = 0
     number = receive(turn, mail, posted, taken)
+    entry, head, tile = locate(number, shape)
     while number < total:
-        entry, head, tile = locate(number, shape)
         q_batch, q_first, sq, k_batch, k_first, sk = sequence(entry, lengths, VARLEN)
         first = tile * (GROUP_ROWS * GROUPS)
         shift = (sk - sq) * bottom_right
@@ -254,7 +254,8 @@ def consume(
         values = matrix(v_buffers.index(older), BLOCK_N, HEAD_DIM_V)
         acc = warpgroup_mma(weights, values, acc, is_async=True)
         turn += 1
-        following = receive(turn, mail, posted, taken)
+        number = receive(turn, mail, posted, taken)
+        following, next_head, tile = locate(number, shape)  # divisions, while the tensor cores work
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_free.index(older), count=1)
         store(
@@ -271,4 +272,5 @@ def consume(
         )
         if SHARED:
             release(q_free.index(GROUP))
-        number = following
+        entry = following
+        head = next_head

@@ -87,8 +87,8 @@ def consume_masked(
     turn = 0
     count = 0
     number = receive(turn, mail, posted, taken)
+    entry, head, tile = locate(number, shape)
     while number < total:
-        entry, head, tile = locate(number, shape)
         q_batch, q_first, sq, k_batch, k_first, sk = sequence(entry, lengths, VARLEN)
         first = tile * (GROUP_ROWS * GROUPS)
         shift = (sk - sq) * bottom_right
@@ -152,3 +152,4 @@ def consume_masked(
             mbarrier.arrive(q_free.index(GROUP), count=1)
         turn += 1
         number = receive(turn, mail, posted, taken)
+        entry, head, tile = locate(number, shape)

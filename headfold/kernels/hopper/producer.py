@@ -58,7 +58,9 @@ def produce(
                     q_buffers.index(c),
                 )
             for i in range(blocks):
-                if i == blocks - 1:  # the answer takes a microsecond, and the buffers are full
+                if i == gl.minimum(
+                    blocks - 1, STAGES
+                ):  # the answer takes a microsecond, and the buffers are full
                     following = take(counter, programs)
                 key = low + (blocks - 1 - i) * BLOCK_N
                 stage = count % STAGES

@@ -12,7 +12,7 @@ def locate(number, shape):
     """
     heads, tiles, section, units = shape
     start = number // (section * tiles) * section
-    width = gl.minimum(section, units - start)
+    width = gl.maximum(gl.minimum(section, units - start), 1)  # past the last tile: no division by 0
     rest = number - start * tiles
     level = rest // width
     unit = start + rest - level * width
