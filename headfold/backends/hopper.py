@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from headfold.backends.launch import compile_instead, compiling
 from headfold.kernels.hopper.compat import TensorDescriptor
 from headfold.kernels.hopper.layouts import shared_layout
 from headfold.kernels.hopper.prefill import MAX_REGISTERS, prefill_kernel
@@ -30,6 +31,10 @@ _captured: dict[int, int] = {}
 def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Launch what the plan says. `out` (x.out_shape) and `lse` (x.lse_shape, float32) are written in full."""
     arguments, variant = launch_arguments(plan, x, out, lse)
+    if compiling():  # where no stream is, and so no counter
+        zeros = x.q.new_empty(2, dtype=torch.int32)
+        compile_instead(prefill_kernel, (plan.workers,), (*arguments, zeros), variant)
+        return
     with torch.cuda.device(x.q.device):
         counter = _counter(x.q.device)
         prefill_kernel[(plan.workers,)](*arguments, counter, **variant)
