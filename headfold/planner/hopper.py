@@ -24,7 +24,7 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
         device: the Device.
         triton_rows: rows that the Triton kernel's tiles would hold.
     """
-    if device.arch != (9, 0) or p.device_type != "cuda":
+    if device.arch != (9, 0) or p.device_type == "cpu":  # on CPU tensors kernels are interpreted
         return "the Triton kernel: the Gluon one is for Hopper GPUs"
     reason = refusal(p)
     per_sequence = -(-p.max_seqlen_q // ROWS)
