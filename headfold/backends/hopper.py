@@ -92,6 +92,7 @@ def launch_arguments(
         "VARLEN": any(given),
         "num_warps": 4,
         "maxnreg": MAX_REGISTERS,
+        "enable_fp_fusion": True,  # Triton's default up to 3.9
     }
     return arguments, variant
 
