@@ -1,7 +1,7 @@
 """Append: new keys and values written into a cache in place, keys rotated on the way. The operator headfold::append.
 
-What a call takes, its checks, the CPU form, the operator, and the definition of the result. The GPU form is
-`kernels/append.py`, launched once a call by `backends/append.py`.
+What a call takes, its checks, the operator, and the definition of the result. The GPU form is `kernels/append.py`,
+launched once a call by `backends/append.py`; the CPU form `backends/cpu_append.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from headfold import backends
+from headfold.backends.cpu_append import append_on_cpu, rotated_queries
 from headfold.problem import DTYPES, MAX_HEAD_DIM, MAX_SEQLEN
 from headfold.values import value_checks_enabled
 
@@ -26,6 +27,9 @@ class AppendInputs:
     new `k`, `v` (b, s_new, hk, d | dv), or (total_new, hk, d | dv) with `cu_seqlens_k_new` (b + 1,). Sequence i
     uses row cache_batch_idx[i] of a dense cache or of the page table, or row i. Token t of it goes to position
     cache_seqlens[i] + t (None: t), and is rotated by the angles of rotary_seqlens[i] + t or else of that position.
+
+    With angles `q` (b, sq, h, d), or (total_q, h, d) with `cu_seqlens_q` (b + 1,), is rotated too, query i of a sequence
+    at the position of its first new token, plus i where `rotary_advances`: into a new tensor, rounded to q's dtype.
 
     The host does not know these values. A token beyond the capacity, or whose row or page is not there, is not
     written, and the length returned counts what is there: at most the capacity, 0 without a row. A position
@@ -45,6 +49,9 @@ class AppendInputs:
     rotary_sin: torch.Tensor | None = None
     rotary_seqlens: torch.Tensor | None = None
     rotary_interleaved: bool = True
+    q: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    rotary_advances: bool = True
     caller: str = "append"
 
     @property
@@ -92,6 +99,9 @@ def check(x: AppendInputs) -> None:
             raise _fail(x, name, "is expanded (a stride is 0)", "every element needs its own place")
     _check_shapes(x)
     _check_rotary(x)
+    _check_queries(x)
+    if x.q is not None:
+        tensors["q"] = x.q
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
         raise NotImplementedError(
             f"{x.caller}: an input requires a gradient, and an append in place has none; "
@@ -192,6 +202,23 @@ def _check_rotary(x: AppendInputs) -> None:
     _check_index(x, "rotary_seqlens", x.rotary_seqlens, (x.batch,))
 
 
+def _check_queries(x: AppendInputs) -> None:
+    if x.q is None:
+        if x.cu_seqlens_q is not None:
+            raise _fail(x, "cu_seqlens_q", "is given without q", "it holds the offsets of ragged queries")
+        return
+    _check_tensor(x, "q", x.q, (x.k_cache.dtype,))
+    if x.rotary_cos is None:
+        raise _fail(x, "q", "is given without rotary_cos", "it is only rotated here")
+    if not isinstance(x.rotary_advances, bool):
+        raise _fail(x, "rotary_advances", f"is {x.rotary_advances!r}", "it must be True or False", TypeError)
+    _check_index(x, "cu_seqlens_q", x.cu_seqlens_q, (x.batch + 1,))
+    d, ragged = x.k_cache.shape[-1], x.cu_seqlens_q is not None
+    if x.q.dim() != 4 - ragged or x.q.shape[-1] != d or (not ragged and x.q.shape[0] != x.batch):
+        need = f"(total_q, h, {d})" if ragged else f"({x.batch}, sq, h, {d})"
+        raise _fail(x, "q", f"has shape {_shape(x.q.shape)}", f"it must be {need}")
+
+
 def check_values(x: AppendInputs) -> None:
     """Read the index tensors and raise on the first token that has no place of its own, before any is written.
 
@@ -250,69 +277,6 @@ def _check_pages(
             owners[page] = i
 
 
-# ---- CPU form -----------------------------------------------------------------------------------------------
-
-
-def rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, interleaved: bool
-) -> torch.Tensor:
-    """x rotated by the angles of its positions, at float32, rounded once to x's dtype. A new tensor.
-
-    Args:
-        x: (..., h, d); columns from rotary_dim on stay as they are.
-        cos, sin: (max_len, rotary_dim / 2).
-        positions: x's shape without (h, d), any integers; a position that cos does not have gives NaN.
-        interleaved: columns (0, 1), (2, 3) ... are pairs; else i and i + rotary_dim / 2.
-    """
-    known = ((positions >= 0) & (positions < cos.shape[0])).unsqueeze(-1)
-    row = positions.clamp(0, cos.shape[0] - 1).long()
-    c, s = (t[row].float().masked_fill_(~known, float("nan")).unsqueeze(-2) for t in (cos, sin))
-    half = cos.shape[1]
-    if interleaved:
-        lower, upper = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
-    else:
-        lower, upper = slice(0, half), slice(half, 2 * half)
-    a, b = x[..., lower].float(), x[..., upper].float()
-    out = x.clone()
-    out[..., lower] = a * c - b * s
-    out[..., upper] = b * c + a * s
-    return out
-
-
-def append_on_cpu(x: AppendInputs) -> torch.Tensor:
-    """Append checked inputs; the lengths after it. All tokens of the batch at once."""
-    sequences = torch.arange(x.batch)
-    if x.cu_seqlens_k_new is None:
-        counts, offsets = torch.full_like(sequences, x.k.shape[1]), sequences * x.k.shape[1]
-        k, v = x.k.flatten(0, 1), x.v.flatten(0, 1)
-    else:
-        counts, offsets = x.cu_seqlens_k_new.long().diff(), x.cu_seqlens_k_new[:-1]
-        k, v = x.k, x.v
-    start = torch.zeros_like(counts) if x.cache_seqlens is None else x.cache_seqlens.long()
-    slot = sequences if x.cache_batch_idx is None else x.cache_batch_idx.long()
-    there = (slot >= 0) & (slot < x.cache_rows)
-    lengths = (start.clamp(max=x.capacity) + counts).clamp(0, x.capacity) * there
-
-    seq = sequences.repeat_interleave(counts)
-    token = torch.arange(seq.shape[0]) - (counts.cumsum(0) - counts)[seq]
-    place = start[seq] + token
-    fits = there[seq] & (place >= 0) & (place < x.capacity)
-    seq, token, place = seq[fits], token[fits], place[fits]
-    row, spot = slot[seq], place
-    if x.page_table is not None:
-        pages, size = x.k_cache.shape[:2]
-        row, spot = x.page_table[row, place // size].long(), place % size
-        fits = (row >= 0) & (row < pages)
-        seq, token, place, row, spot = (t[fits] for t in (seq, token, place, row, spot))
-    k, v = (t.index_select(0, offsets[seq] + token) for t in (k, v))
-    if x.rotary_cos is not None and x.rotary_sin is not None:
-        positions = place if x.rotary_seqlens is None else x.rotary_seqlens[seq] + token
-        k = rotate(k, x.rotary_cos, x.rotary_sin, positions, x.rotary_interleaved)
-    x.k_cache[row, spot] = k
-    x.v_cache[row, spot] = v
-    return lengths.int()
-
-
 # ---- operator -----------------------------------------------------------------------------------------------
 
 lib = torch.library.Library("headfold", "FRAGMENT")
@@ -320,30 +284,37 @@ lib.define(
     "append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor? cache_seqlens=None, "
     "Tensor? cu_seqlens_k_new=None, Tensor? page_table=None, Tensor? cache_batch_idx=None, "
     "Tensor? rotary_cos=None, Tensor? rotary_sin=None, Tensor? rotary_seqlens=None, "
-    'bool rotary_interleaved=True, str caller="append") -> Tensor',
+    "bool rotary_interleaved=True, Tensor? q=None, Tensor? cu_seqlens_q=None, bool rotary_advances=True, "
+    'str caller="append") -> (Tensor, Tensor)',
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 
 
-def _append(*args: Any, **kwargs: Any) -> torch.Tensor:
+def _append(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     x = AppendInputs(*args, **kwargs)
     check(x)
     if value_checks_enabled():
         check_values(x)
     if backends.device_of(x.k_cache.device).is_cpu:
-        return append_on_cpu(x)
-    lengths = x.k.new_empty((x.batch,), dtype=torch.int32)
+        lengths = append_on_cpu(x)
+        return lengths, x.k.new_empty((0,)) if x.q is None else rotated_queries(x)
+    lengths, turned = _empty_results(x)
     if x.batch:
         from headfold.backends.append import run
 
-        run(x, lengths)
-    return lengths
+        run(x, lengths, None if x.q is None else turned)
+    return lengths, turned
 
 
-def _append_fake(*args: Any, **kwargs: Any) -> torch.Tensor:
+def _append_fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     x = AppendInputs(*args, **kwargs)
     check(x)
-    return x.k.new_empty((x.batch,), dtype=torch.int32)
+    return _empty_results(x)
+
+
+def _empty_results(x: AppendInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lengths (b,) int32, q rotated: contiguous, of q's shape; (0,) where there is no q)."""
+    return x.k.new_empty((x.batch,), dtype=torch.int32), x.k.new_empty((0,) if x.q is None else x.q.shape)
 
 
 for _key in ("CPU", "CUDA"):
@@ -357,7 +328,7 @@ append = torch.ops.headfold.append.default
 
 
 def reference_append(x: AppendInputs) -> torch.Tensor:
-    """The definition of the result, one token at a time at float64; the caches may be float64, and keep it then.
+    """The definition of the lengths and caches, one token at a time at float64; float64 caches keep it.
 
     A token without a place, and a length beyond the capacity, are as `append` treats them.
     """
@@ -385,6 +356,20 @@ def reference_append(x: AppendInputs) -> torch.Tensor:
             x.k_cache[page, spot] = _turned(k[t].double(), x, first + t).to(x.k_cache.dtype)
             x.v_cache[page, spot] = v[t]
     return lengths
+
+
+def reference_queries(x: AppendInputs) -> torch.Tensor:
+    """The definition of the rotated q, one query at a time, at float64."""
+    assert x.q is not None
+    at = x.cache_seqlens if x.rotary_seqlens is None else x.rotary_seqlens
+    turned = x.q.double()
+    for i in range(x.batch):
+        q = turned[i]
+        if x.cu_seqlens_q is not None:
+            q = turned[int(x.cu_seqlens_q[i]) : int(x.cu_seqlens_q[i + 1])]
+        for t in range(q.shape[0]):
+            q[t] = _turned(q[t], x, (0 if at is None else int(at[i])) + t * int(x.rotary_advances))
+    return turned
 
 
 def _turned(k: torch.Tensor, x: AppendInputs, position: int) -> torch.Tensor:

@@ -158,7 +158,7 @@ def flash_attn_with_kvcache(
         # Everything that can be refused is refused before the cache is written.
         check_call((q, k_cache, v_cache, cu_seqlens_q, None, None, lengths, page_table), options, out)
         _check_new_batch(k, cu_seqlens_k_new, _batch(q, cu_seqlens_q))
-        lengths = append(
+        lengths, turned = append(
             k_cache,
             v_cache,
             k,
@@ -171,8 +171,15 @@ def flash_attn_with_kvcache(
             rotary_sin,
             rotary_seqlens,
             rotary_interleaved,
+            q if rotates else None,
+            cu_seqlens_q if rotates else None,
+            options.get("rotary_advances", True),
             caller,
         )
+        if rotates:
+            # The append has rotated it in its launch: the angles' loads would stand at the head of every program here.
+            q = turned
+            options = {name: value for name, value in options.items() if not name.startswith("rotary")}
     return run(
         (q, k_cache, v_cache, cu_seqlens_q, None, None, lengths, page_table), options, out, return_softmax_lse
     )

@@ -117,9 +117,10 @@ class Problem:
     """One attention problem, as the planner sees it.
 
     Lengths are upper bounds known on the host (capacities), never values read from a device.
-    `total_q` and `total_k` bound the sums over the batch. Window sides are None when open. `rotary` is what the
-    rotation of q depends on: (rotary_dim, interleaved, alignment of the angles in elements). `extras` names what a
-    kernel for common calls may leave to a general one (`headfold/extras.py`).
+    `total_q` and `total_k` bound the sums over the batch. Window sides are None when open. `featured` is whether the
+    call asks for anything but plain attention over a band of keys, `tensor_mask` whether for a mask or a tree,
+    `rotary` whether q is to be rotated; `wide_mask` is the element size of a mask that allows wide loads.
+    `extras` names what a kernel for common calls may leave to a general one (`headfold/extras.py`).
     """
 
     device_type: str
@@ -149,8 +150,9 @@ class Problem:
     attention_chunk: int = 0
     tokens_per_split: int = 0
     tensor_mask: bool = False
-    mask_align: int = 0
-    rotary: tuple[int, bool, int] = (0, False, 1)
+    featured: bool = False
+    rotary: bool = False
+    wide_mask: int = 0
     extras: tuple[str, ...] = ()
 
     @property
@@ -360,24 +362,25 @@ def has_tma_strides(t: torch.Tensor) -> bool:
     return stride > 0 and stride % 16 == 0
 
 
-def _mask_align(mask: torch.Tensor | None) -> int:
-    """What the rows of a mask are aligned to, in elements, when its keys lie side by side; else 0."""
-    if mask is None or (mask.stride(3) != 1 and mask.shape[3] > 1):
+def wide_mask(x: Inputs) -> int:
+    """Bytes of an element of a mask of which every row of every block starts on 16 bytes, its keys side by side; 0 for
+    any other mask, and for none. Blocks begin where a multiple of 16 keys does unless a window or chunk says otherwise.
+    """
+    if (
+        x.mask is None
+        or x.tree_mask is not None
+        or (x.mask.stride(3) != 1 and x.mask.shape[3] > 1)
+        or not is_aligned(x.mask)
+    ):
         return 0
-    return 16 // mask.element_size() if is_aligned(mask) else 1
+    at_multiples = x.window_left < 0 and x.attention_chunk == 0 and x.tokens_per_split % 16 == 0
+    return x.mask.element_size() if at_multiples else 0
 
 
-def rotary_facts(
-    cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool
-) -> tuple[int, bool, int]:
-    """(rotary_dim, interleaved, what the rows of the angles are aligned to in elements); rotary_dim 0 is none."""
-    if cos is None or sin is None:
-        return 0, False, 1
-    return (
-        2 * cos.shape[1],
-        interleaved,
-        16 // cos.element_size() if is_aligned(cos) and is_aligned(sin) else 1,
-    )
+def has_features(x: Inputs) -> bool:
+    """True when a call asks for more than plain attention over a band of keys."""
+    tensors = (x.sink, x.alibi_slopes, x.mask, x.tree_mask, x.cache_batch_idx, x.cache_leftpad, x.rotary_cos)
+    return x.softcap > 0 or x.attention_chunk > 0 or any(t is not None for t in tensors)
 
 
 def problem_of(x: Inputs, out: torch.Tensor | None = None) -> Problem:
@@ -419,7 +422,8 @@ def problem_of(x: Inputs, out: torch.Tensor | None = None) -> Problem:
         attention_chunk=x.attention_chunk,
         tokens_per_split=x.tokens_per_split,
         tensor_mask=x.mask is not None or x.tree_mask is not None,
-        mask_align=_mask_align(x.mask),
-        rotary=rotary_facts(x.rotary_cos, x.rotary_sin, x.rotary_interleaved),
+        featured=has_features(x),
+        rotary=x.rotary_cos is not None,
+        wide_mask=wide_mask(x),
         extras=extras_of(x, out),
     )

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headfold.backends.launch import launch
+from headfold.backends.triton import ELEMENTS, address
 from headfold.kernels.append import append_kernel
 from headfold.planner.tiles import next_power_of_two
-from headfold.problem import is_aligned, rotary_facts
+from headfold.problem import is_aligned
 
 if TYPE_CHECKING:
     from headfold.append import AppendInputs
@@ -23,66 +25,91 @@ def rotary_constants(cos: torch.Tensor | None, sin: torch.Tensor | None, interle
 
     ROTARY_DIM is one, since a model has one and the loads of a pair's other half are wide only if it is known.
     """
-    dim, pairs, align = rotary_facts(cos, sin, interleaved)
-    return {"ROTARY_DIM": dim, "INTERLEAVED": pairs, "ROTARY_ALIGN": align}
+    if cos is None or sin is None:
+        return {"ROTARY_DIM": 0, "INTERLEAVED": False, "ROTARY_ALIGN": 1}
+    align = 16 // cos.element_size() if is_aligned(cos) and is_aligned(sin) else 1
+    return {"ROTARY_DIM": 2 * cos.shape[1], "INTERLEAVED": interleaved, "ROTARY_ALIGN": align}
 
 
-def constants(x: AppendInputs) -> dict[str, Any]:
+def constants(x: AppendInputs, turned: torch.Tensor | None = None) -> dict[str, Any]:
     """The kernel's compile-time arguments."""
     d, dv = x.k.shape[-1], x.v.shape[-1]
     block_d, block_dv = next_power_of_two(d), next_power_of_two(dv)
-    aligned = all(is_aligned(t) for t in (x.k_cache, x.v_cache, x.k, x.v))
+    tensors = [t for t in (x.k_cache, x.v_cache, x.k, x.v, x.q, turned) if t is not None]
     return {
+        "ELEMENT": ELEMENTS[x.k.dtype],
+        "ANGLE": ELEMENTS[x.k.dtype if x.rotary_cos is None else x.rotary_cos.dtype],
         "HEAD_DIM": d,
         "HEAD_DIM_V": dv,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
         "BLOCK_M": max(1, TILE // max(block_d, block_dv, 16)),
-        "ALIGN": 16 // x.k.element_size() if aligned else 1,
+        "ALIGN": 16 // x.k.element_size() if all(is_aligned(t) for t in tensors) else 1,
         **rotary_constants(x.rotary_cos, x.rotary_sin, x.rotary_interleaved),
     }
 
 
-def run(x: AppendInputs, lengths: torch.Tensor) -> None:
-    """Append checked inputs in place, in one launch; `lengths` (b,) int32 is written in full."""
-    variant = constants(x)
+def run(x: AppendInputs, lengths: torch.Tensor, turned: torch.Tensor | None = None) -> None:
+    """Append checked inputs in place, in one launch; `lengths` (b,) int32 is written in full, and so is `turned`, a
+    contiguous tensor of q's shape and dtype, which is there where q is."""
+    variant = constants(x, turned)
     heads, block_m = x.k.shape[-2], variant["BLOCK_M"]
-    ragged, cos, sin = x.cu_seqlens_k_new is not None, x.rotary_cos, x.rotary_sin
-    new_tokens = 0 if ragged else x.k.shape[1]
-    tiles_per_sequence = max(1, -(-new_tokens * heads // block_m))
-    # A ragged batch has at most this many tiles, wherever its sequences end: see find_sequence.
-    tiles = x.k.shape[0] * heads // block_m + x.batch if ragged else x.batch * tiles_per_sequence
-    # Triton launches on the current device: make it the tensor's. (The interpreter runs on CPU tensors.)
-    with torch.cuda.device(x.k.device if x.k.is_cuda else -1):
-        append_kernel[(tiles,)](
-            x.k_cache,
-            x.v_cache,
-            x.k,
-            x.v,
-            lengths,
-            cos,
-            sin,
-            x.cache_seqlens,
-            x.cu_seqlens_k_new,
-            x.page_table,
-            x.cache_batch_idx,
-            x.rotary_seqlens,
-            new_tokens,
-            x.batch,
-            tiles_per_sequence,
-            heads,
-            x.capacity,
-            x.cache_rows,
-            x.k_cache.shape[0],
-            x.k_cache.shape[1],
-            x.page_table.stride(0) if x.page_table is not None else 0,
-            *x.k_cache.stride()[:3],
-            *x.v_cache.stride()[:3],
-            *((0, *x.k.stride()[:2]) if ragged else x.k.stride()[:3]),
-            *((0, *x.v.stride()[:2]) if ragged else x.v.stride()[:3]),
-            cos.stride(0) if cos is not None else 0,
-            sin.stride(0) if sin is not None else 0,
-            cos.shape[0] if cos is not None else 0,
-            **variant,
-            num_warps=NUM_WARPS,
-        )
+    per_sequence, tiles = _tiles(x.k, x.cu_seqlens_k_new, x.batch, block_m)
+    q_per_sequence, q_tiles = (0, 0) if x.q is None else _tiles(x.q, x.cu_seqlens_q, x.batch, block_m)
+    arguments = (
+        x.k_cache.data_ptr(),
+        x.v_cache.data_ptr(),
+        x.k.data_ptr(),
+        x.v.data_ptr(),
+        lengths.data_ptr(),
+        address(x.q),
+        address(turned),
+        address(x.rotary_cos),
+        address(x.rotary_sin),
+        address(x.cache_seqlens),
+        address(x.cu_seqlens_k_new),
+        address(x.page_table),
+        address(x.cache_batch_idx),
+        address(x.rotary_seqlens),
+        address(x.cu_seqlens_q),
+        0 if x.cu_seqlens_k_new is not None else x.k.shape[1],
+        x.batch,
+        tiles,
+        per_sequence,
+        heads,
+        x.capacity,
+        x.cache_rows,
+        x.k_cache.shape[0],
+        x.k_cache.shape[1],
+        x.page_table.stride(0) if x.page_table is not None else 0,
+        *x.k_cache.stride()[:3],
+        *x.v_cache.stride()[:3],
+        *_strides(x.k, x.cu_seqlens_k_new),
+        *_strides(x.v, x.cu_seqlens_k_new),
+        x.rotary_cos.stride(0) if x.rotary_cos is not None else 0,
+        x.rotary_sin.stride(0) if x.rotary_sin is not None else 0,
+        x.rotary_cos.shape[0] if x.rotary_cos is not None else 0,
+        0 if x.q is None or x.cu_seqlens_q is not None else x.q.shape[1],
+        q_per_sequence,
+        0 if x.q is None else x.q.shape[-2],
+        int(x.rotary_advances),
+        *((0, 0, 0) if x.q is None else _strides(x.q, x.cu_seqlens_q)),
+        *((0, 0, 0) if turned is None else _strides(turned, x.cu_seqlens_q)),
+    )
+    options = {"num_warps": NUM_WARPS}
+    launch(append_kernel, (tiles + q_tiles,), arguments, variant, options, x.k.device)
+
+
+def _tiles(t: torch.Tensor, offsets: torch.Tensor | None, batch: int, block_m: int) -> tuple[int, int]:
+    """(tiles of a sequence, 0 where each tile must find its own; tiles in all) of tokens x heads of k or q."""
+    heads = t.shape[-2]
+    if offsets is not None:
+        # At most this many, wherever the sequences end: see find_sequence.
+        return 0, t.shape[0] * heads // block_m + batch
+    per_sequence = max(1, -(-t.shape[1] * heads // block_m))
+    return per_sequence, batch * per_sequence
+
+
+def _strides(t: torch.Tensor, offsets: torch.Tensor | None) -> tuple[int, int, int]:
+    """(sequence, token, head) strides; tokens of ragged tensors have no sequence."""
+    return t.stride()[:3] if offsets is None else (0, t.stride(0), t.stride(1))  # type: ignore[return-value]

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from headfold.append import rotate
+from headfold.backends.cpu_append import rotate
 from headfold.backends.cpu_states import NEG_INF
 from headfold.planner.plan import Plan
 from headfold.problem import Inputs

@@ -7,16 +7,22 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
+from headfold.backends.launch import launch
 from headfold.kernels.decode import decode_kernel
 from headfold.kernels.fixup import fixup_kernel
 from headfold.kernels.prefill import prefill_kernel
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import next_power_of_two
-from headfold.problem import MAX_SPLITS, Inputs
+from headfold.problem import MAX_SPLITS, Inputs, has_features, wide_mask
 
-# An open window side: above any position, and a sum with a position still fits 32 bits.
+# An open window side, and no chunk: above any position, and a sum with a position still fits 32 bits.
 OPEN_SIDE = 2**30
+ELEMENTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+# What address.py calls the elements of masks, sinks and angles.
+KINDS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
+NO_FEATURES = (0,) * 26
 
 
 def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -69,9 +75,10 @@ def division(d: int) -> tuple[int, int]:
     return -(-(2 ** (31 + shift)) // d), shift
 
 
-def constants(plan: Plan, head_dim: int, head_dim_v: int, itemsize: int) -> dict[str, Any]:
-    """The kernel's compile-time arguments: all that a compiled variant depends on besides dtypes and layout."""
+def constants(plan: Plan, head_dim: int, head_dim_v: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The kernel's compile-time arguments: with warps and stages, all that a compiled variant depends on."""
     values: dict[str, Any] = {
+        "ELEMENT": ELEMENTS[dtype],
         "HEAD_DIM": head_dim,
         "HEAD_DIM_V": head_dim_v,
         "D0": plan.d_parts[0],
@@ -80,14 +87,12 @@ def constants(plan: Plan, head_dim: int, head_dim_v: int, itemsize: int) -> dict
         "DV1": plan.dv_parts[1],
         "BLOCK_M": plan.block_m,
         "BLOCK_N": plan.block_n,
-        "ALIGN": 16 // itemsize if plan.aligned else 1,
-        "SEARCH": plan.search_tiles,
-        "SOFTCAP": plan.softcap,
-        "CHUNKED": plan.chunked,
-        "MASK_ALIGN": plan.mask_align,
-        "ROTARY_DIM": plan.rotary[0],
-        "INTERLEAVED": plan.rotary[1],
-        "ROTARY_ALIGN": plan.rotary[2],
+        "PAGED": plan.paged,
+        "ALIGN": 16 // dtype.itemsize if plan.aligned else 1,
+        "FEATURED": plan.featured,
+        "TENSORS": plan.tensor_mask,
+        "ROTARY": plan.rotary,
+        "WIDE": plan.wide_mask,
     }
     if plan.kernel == "prefill":
         values["TMA"] = plan.use_tma
@@ -115,24 +120,21 @@ def _launch(
     page_size = x.k.shape[1] if paged else 1
     # tanh bounds the scores before the exponential: its factor takes the scale's place.
     scale, softcap_scale = (x.softcap, abs(x.scale) / x.softcap) if x.softcap > 0 else (x.scale, 0.0)
-    slopes_stride = (
-        x.alibi_slopes.stride(0) if x.alibi_slopes is not None and x.alibi_slopes.dim() == 2 else 0
-    )
     arguments = (
-        x.q,
-        x.k,
-        x.v,
-        out,
-        lse,
-        x.cu_seqlens_q,
-        x.cu_seqlens_k,
-        x.seqused_q,
-        x.seqused_k,
-        x.page_table,
+        x.q.data_ptr(),
+        x.k.data_ptr(),
+        x.v.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        address(x.cu_seqlens_q),
+        address(x.cu_seqlens_k),
+        address(x.seqused_q),
+        address(x.seqused_k),
+        address(x.page_table),
         0 if ragged_q else x.q.shape[1],
         0 if ragged_k or paged else x.k.shape[1],
         x.batch,
-        max(1, plan.tiles_per_sequence),
+        plan.tiles_per_sequence,
         plan.fold,
         x.q.shape[-2] // x.k.shape[-2],
         *q_strides,
@@ -149,40 +151,67 @@ def _launch(
         -1.0 if x.scale < 0 else 1.0,
         abs(scale) * math.log2(math.e),
         softcap_scale,
-        max(1, x.attention_chunk),
+        x.attention_chunk or OPEN_SIDE,
         x.tokens_per_split,
+        *_feature_arguments(x),
+    )
+    variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    if plan.kernel == "decode":
+        grid: tuple[int, ...] = (plan.tiles, plan.head_units, plan.num_splits)
+        launch(decode_kernel, grid, arguments, variant, options, x.q.device)
+    else:
+        if plan.use_tma:
+            triton.set_allocator(_allocate_descriptors)
+        launch(prefill_kernel, (plan.tiles, plan.head_units), arguments, variant, options, x.q.device)
+
+
+def _feature_arguments(x: Inputs) -> tuple[int, ...]:
+    """What a plain call has none of, from the kernels' `sink` to `rotary_advances`; 0 for what is not there."""
+    if not has_features(x):
+        return NO_FEATURES
+    sink, slopes, mask, tree, cos, sin = (
         x.sink,
         x.alibi_slopes,
-        slopes_stride,
-        _bytes(x.mask),
-        *(x.mask.stride() if x.mask is not None else (0, 0, 0, 0)),
-        _bytes(x.tree_mask),
-        *(x.tree_mask.stride()[:2] if x.tree_mask is not None else (0, 0)),
-        x.cache_batch_idx,
-        x.cache_leftpad,
+        x.mask,
+        x.tree_mask,
         x.rotary_cos,
         x.rotary_sin,
-        x.rotary_positions,
-        x.rotary_cos.stride(0) if x.rotary_cos is not None else 0,
-        x.rotary_sin.stride(0) if x.rotary_sin is not None else 0,
-        x.rotary_cos.shape[0] if x.rotary_cos is not None else 0,
+    )
+    return (
+        address(sink),
+        _kind(sink),
+        address(slopes),
+        slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
+        address(mask),
+        _kind(mask),
+        int(wide_mask(x) > 0),
+        *(mask.stride() if mask is not None else (0, 0, 0, 0)),
+        address(tree),
+        *(tree.stride()[:2] if tree is not None else (0, 0)),
+        address(x.cache_batch_idx),
+        address(x.cache_leftpad),
+        address(cos),
+        address(sin),
+        _kind(cos),
+        2 * cos.shape[1] if cos is not None else 0,
+        int(x.rotary_interleaved),
+        address(x.rotary_positions),
+        cos.stride(0) if cos is not None else 0,
+        sin.stride(0) if sin is not None else 0,
+        cos.shape[0] if cos is not None else 0,
         int(x.rotary_advances),
     )
-    variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.element_size())
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    with _on_device(x.q):
-        if plan.kernel == "decode":
-            grid = (plan.tiles, plan.head_units, plan.num_splits)
-            decode_kernel[grid](*arguments, **variant, **options)
-        else:
-            if plan.use_tma:
-                triton.set_allocator(_allocate_descriptors)
-            prefill_kernel[(plan.tiles, plan.head_units)](*arguments, **variant, **options)
 
 
-def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A bool mask as the bytes it is."""
-    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+def address(t: torch.Tensor | None) -> int:
+    """Where a tensor lies; 0 for none."""
+    return 0 if t is None else t.data_ptr()
+
+
+def _kind(t: torch.Tensor | None) -> int:
+    """The kind of a tensor's elements as `kernels/parts/address.py` numbers them; 0 for none."""
+    return 0 if t is None else KINDS[t.dtype]
 
 
 def _on_device(t: torch.Tensor) -> Any:

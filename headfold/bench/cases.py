@@ -136,8 +136,9 @@ class Case:
             softcap=f.softcap > 0,
             tokens_per_split=f.tokens_per_split,
             tensor_mask=bool(f.mask) or f.tree,
-            mask_align=16 // (1 if f.mask == "documents" else self.torch_dtype.itemsize) if f.mask else 0,
-            rotary=(self.d, False, 16 // self.torch_dtype.itemsize) if f.rotary else (0, False, 1),
+            featured=bool(f.names & {"softcap", "sink", "alibi", "mask", "tree"})
+            or (f.rotary and not f.append),
+            rotary=f.rotary and not f.append,  # an append rotates q too
         )
 
     @property

@@ -31,7 +31,17 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
     paged = p.kv_layout == "paged"
     # A sequence whose splits are fixed must not get another tile for what else is in its batch.
     decode_rows = fold if p.tokens_per_split else rows
-    tile = decode_tile(decode_rows, p.head_dim, p.head_dim_v, p.dtype, paged, device, p.aligned)
+    tile = decode_tile(
+        decode_rows,
+        p.head_dim,
+        p.head_dim_v,
+        p.dtype,
+        paged,
+        device,
+        p.aligned,
+        tensor_mask=p.tensor_mask,
+        rotary=p.rotary,
+    )
     tiles, _, _ = count_tiles(p, fold, tile.rows)
     blocks = span_blocks(p, tile.keys)
     splits = p.num_splits or choose_splits(tiles * units, blocks, usable)
@@ -42,11 +52,11 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
             p.head_dim,
             p.head_dim_v,
             p.dtype,
-            tma_possible(p),
+            tma_possible(p) and not p.rotary,
             device,
             paged=paged,
             aligned=p.aligned,
-            tensor_mask=p.tensor_mask,
+            tensor_mask=p.tensor_mask or p.rotary,
         )
         whole, _, _ = count_tiles(p, fold, prefill.rows)
         if splits == 1 or whole * units >= usable:
@@ -133,6 +143,20 @@ def choose_splits(tiles: int, blocks: int, sms: int) -> int:
     return min(range(1, min(MAX_SPLITS, blocks) + 1), key=time)
 
 
+def programs(p: Problem, kernel: str, tile: Tile) -> tuple[bool, bool, bool]:
+    """What the kernel's program must know: (features, masks and trees, rotation of q).
+
+    Compiled programs are a budget: what a feature needs is decided at run time, within few programs. Masks and q's
+    rotation take registers that the others need: their loads are narrow, and each has an address of its own. So they
+    have programs of their own, and unaligned rows, slow for other reasons, one that knows all.
+    """
+    if kernel == "decode":
+        all_of_it = p.tensor_mask or p.rotary or not p.aligned
+        return p.featured or all_of_it, all_of_it, all_of_it and tile.rows == 16
+    rotary = p.featured and (p.rotary or not p.aligned)
+    return p.featured, rotary or p.tensor_mask, rotary
+
+
 def _plan(
     p: Problem, device: Device, kernel: str, tile: Tile, fold: int, splits: int, reasons: list[str]
 ) -> Plan:
@@ -142,6 +166,9 @@ def _plan(
         reasons.append(
             f"head dimension {p.head_dim} runs as {' + '.join(str(n) for n in split_dim(p.head_dim) if n)}"
         )
+    featured, tensor_mask, rotary = programs(p, kernel, tile)
+    # A prefill's loop fetches such masks ahead; a decode, which waits for K and V, has no program to spare for it.
+    wide_mask = p.wide_mask if kernel == "prefill" and p.wide_mask <= 2 and not rotary else 0
     return Plan(
         backend="triton",
         kernel=kernel,  # type: ignore[arg-type]
@@ -159,10 +186,11 @@ def _plan(
         use_tma=tile.tma,
         search_tiles=search,
         aligned=p.aligned,
-        softcap=p.softcap,
-        chunked=p.attention_chunk > 0,
-        mask_align=p.mask_align,
-        rotary=p.rotary,
+        paged=p.kv_layout == "paged",
+        featured=featured,
+        tensor_mask=tensor_mask,
+        rotary=rotary,
+        wide_mask=wide_mask,
         workspace=splits * p.total_q * p.num_heads * (row_width + 1) * 4 if splits > 1 else 0,
         shared_memory=shared_memory(tile, p.head_dim, p.head_dim_v, p.dtype),
         reasons=tuple(reasons),

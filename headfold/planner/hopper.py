@@ -56,7 +56,6 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
         use_tma=True,
         workers=workers,
         section=min(section, p.batch * p.num_heads),
-        mask_align=p.mask_align,
         shared_memory=shared_memory(p, keys),
         reasons=(
             "two warpgroups compute while a third fetches through the copy engine (Gluon, docs/hopper.md)",

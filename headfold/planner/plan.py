@@ -20,7 +20,9 @@ class Plan:
     `fold` heads of a group share a tile of `block_m` rows; a block is `block_n` keys. `head_units` is the
     number of tiles side by side in the head dimension (KV heads when the whole group is folded). `tiles` bounds
     the tiles of one head unit over the whole batch. `d_parts` and `dv_parts` cut a head dimension into two
-    powers of two (the second 0 where one suffices), so that d = 96 does not pay for 128. `workspace` is in bytes.
+    powers of two (the second 0 where one suffices), so that d = 96 does not pay for 128. `featured` asks for the
+    program that knows more than plain attention, `tensor_mask` for one that reads masks too, `rotary` for one that
+    turns q; `wide_mask` is the element size of the masks that it reads in wide loads, 0 for any. `workspace` is in bytes.
     `workers` programs of a persistent kernel share the tiles (0: a program each); `section` heads at a time have
     their K and V in the L2 cache. How the CPU backend reads a Plan is said in `backends/cpu.py`.
     """
@@ -41,10 +43,11 @@ class Plan:
     use_tma: bool = False
     search_tiles: bool = False
     aligned: bool = True
-    softcap: bool = False
-    chunked: bool = False
-    mask_align: int = 0
-    rotary: tuple[int, bool, int] = (0, False, 1)
+    paged: bool = False
+    featured: bool = False
+    tensor_mask: bool = False
+    rotary: bool = False
+    wide_mask: int = 0
     workspace: int = 0
     workers: int = 0
     section: int = 0

@@ -60,25 +60,38 @@ def shared_memory(tile: Tile, d: int, dv: int, dtype: torch.dtype) -> int:
 
 
 def decode_tile(
-    rows: int, d: int, dv: int, dtype: torch.dtype, paged: bool, device: Device, aligned: bool = True
+    rows: int,
+    d: int,
+    dv: int,
+    dtype: torch.dtype,
+    paged: bool,
+    device: Device,
+    aligned: bool = True,
+    *,
+    tensor_mask: bool = False,
+    rotary: bool = False,
 ) -> Tile:
     """The tile of the decode kernel for `rows` folded rows of a sequence.
 
     64 KB of K and V a block, double-buffered, is what keeps enough bytes in flight on an H200 at every head
     dimension (95 to 99 % of the read ceiling in prototypes); smaller blocks where shared memory is short. Rows
-    that are not 16-byte aligned are loaded element by element through registers: larger blocks would spill.
+    that are not 16-byte aligned are loaded element by element through registers: larger blocks would spill. Rows that
+    are to be rotated run 16 at a time (at 64 they spill 1,400 bytes); unaligned rows and masks know no tile of 32, a
+    compiled program less each.
     """
     wide = max(padded(d), padded(dv))
     # The page look-up takes two stages of the pipeline for itself: with fewer the K/V copies are no longer
     # double-buffered (+30 % measured on an H200).
     stages = 5 if paged else 3
-    block_m = min(max(16, next_power_of_two(rows)), 64)
+    block_m = 16 if rotary else min(max(16, next_power_of_two(rows)), 64)
+    if block_m == 32 and (tensor_mask or not aligned):
+        block_m = 64
     if dtype == torch.float32:
         # Full float32 products run on the FMA units with their operands in registers: larger tiles spill.
         small = (
             Tile(16, 32, 8, stages) if wide > 64 and aligned else Tile(16, 16, 8 if wide > 64 else 4, stages)
         )
-        tile = small if rows <= 16 else Tile(32, 16, 16, stages)
+        tile = small if rows <= 16 or rotary else Tile(32, 16, 16, stages)
     elif not aligned:
         tile = Tile(block_m, 32, 8, stages)
     else:

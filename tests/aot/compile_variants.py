@@ -73,7 +73,9 @@ def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
     try:
         with backends.force(DEVICES[DEVICE_OF[arch]]):
             if variant.form == "append":
-                run_append(variant.append_inputs(), torch.empty(BATCH, dtype=torch.int32))
+                append = variant.append_inputs()
+                turned = None if append.q is None else torch.empty_like(append.q)
+                run_append(append, torch.empty(BATCH, dtype=torch.int32), turned)
                 return [(name, kernel, None) for name, kernel in launches]
             x = variant.inputs()
             _, plan = backends.plan_of(x)

@@ -4,48 +4,57 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from headfold import backends
+from headfold.backends import triton as launcher
 from headfold.backends.triton import constants
-from headfold.kernels.append import APPEND_INTEGERS, append_kernel
+from headfold.kernels.append import APPEND_ARGUMENTS, append_kernel
 from headfold.kernels.decode import decode_kernel
 from headfold.kernels.fixup import fixup_kernel
 from headfold.kernels.prefill import prefill_kernel
-from headfold.kernels.specialize import FIXUP_INTEGERS, INTEGERS
-from headfold.planner import DEVICES, make_plan
+from headfold.kernels.specialize import ARGUMENTS, FIXUP_INTEGERS
+from headfold.planner import DEVICES, Plan, make_plan
+from headfold.problem import Inputs
 from tests.aot.variants import ALL_DIMS
 from tests.planner.problems import DTYPES, RATIOS, problem
 
 LIMIT = 24
-# Plain calls and each feature alone together: 310 (float32) to 486 a head dimension, of which a user meets a few.
-IN_ALL = 600
-# kernel -> the integers it is told not to specialise on
+# kernel -> the arguments it is told not to specialise on
 LISTED = {
-    decode_kernel: INTEGERS,
-    prefill_kernel: INTEGERS,
+    decode_kernel: ARGUMENTS,
+    prefill_kernel: ARGUMENTS,
     fixup_kernel: FIXUP_INTEGERS,
-    append_kernel: APPEND_INTEGERS,
+    append_kernel: APPEND_ARGUMENTS,
 }
-# What a call adds, as the planner sees it, and the pointers that come with it: each pointer is None or not, and each
-# dtype of one is a variant too.
-FEATURES: dict[str, list[tuple[dict[str, Any], tuple[str, ...]]]] = {
-    "softcap": [({"softcap": True}, ())],
-    "sink": [({}, ("Sink",))],
-    "chunk": [({"attention_chunk": n}, ()) for n in (1, 1024)],
-    "slopes": [({}, ("Slopes",))],
-    "added mask": [({"tensor_mask": True, "mask_align": n}, ("Mask",)) for n in (0, 1, 4, 8)],
-    "bool mask": [({"tensor_mask": True, "mask_align": n}, ("bool Mask",)) for n in (0, 1, 16)],
-    "tree": [({"tensor_mask": True}, ("Tree",))],
-    "rows": [({}, names) for names in (("row",), ("pad",), ("row", "pad"))],
-    "rotary": [({"rotary": (64, pairs, n)}, ("Cos",)) for pairs in (True, False) for n in (1, 4, 8)],
-    "fixed splits": [({"tokens_per_split": n}, ()) for n in (256, 4096)],
-}
+# All that the planner is told of features, and their combinations: the rest are values of arguments.
+FEATURES: list[dict[str, Any]] = [
+    {},
+    *(
+        {"featured": True, "tensor_mask": mask, "rotary": rotary, "softcap": cap}
+        for mask, rotary, cap in itertools.product((False, True), repeat=3)
+    ),
+    *(
+        {"featured": True, "tensor_mask": True, "wide_mask": size, "rotary": r}
+        for size in (1, 2, 4)
+        for r in (False, True)
+    ),
+]
+FEATURES += [
+    {**f, **more} for f in FEATURES[:3] for more in ({"tokens_per_split": 4096}, {"attention_chunk": 700})
+]
 
 
 def sweep() -> Iterator[dict[str, Any]]:
@@ -77,61 +86,126 @@ def sweep() -> Iterator[dict[str, Any]]:
             }
 
 
-def variants_of(
-    d: int, dv: int, dtype: Any, device: str, shapes: Iterable[Any], **change: Any
-) -> dict[str, set[Any]]:
-    """kernel -> the distinct constants, warps and stages that the problems of a sweep are run with."""
+def key_of(plan: Plan, d: int, dv: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What makes another compiled program: constants, warps and stages."""
+    values = constants(plan, d, dv, dtype)
+    return (*sorted((name, str(value)) for name, value in values.items()), plan.num_warps, plan.num_stages)
+
+
+def variants_of(d: int, dv: int, dtype: Any, device: str) -> dict[str, set[Any]]:
+    """kernel -> the distinct programs that every problem of the sweep, under all features, is run with."""
     met: dict[str, set[Any]] = defaultdict(set)
-    for p in shapes:
-        plan = make_plan(problem(d=d, head_dim_v=dv, dtype=dtype, **{**p, **change}), DEVICES[device])
-        values = constants(plan, d, dv, dtype.itemsize)
-        met[plan.kernel].add((*sorted(values.items()), plan.num_warps, plan.num_stages))
+    for p in sweep():
+        # Features change the tile's shape, not how ratios, lengths and splits lead to it: a coarser sweep for them.
+        few = p["heads"] in (2, 8, 24, 96) and p["num_splits"] != 7 and p["window_left"] is None
+        for change in FEATURES if few else FEATURES[:1]:
+            # What the Gluon kernel of a GPU takes, the Triton kernel runs elsewhere, and for calls with an extra.
+            x = problem(d=d, head_dim_v=dv, dtype=dtype, extras=("an extra",), **{**p, **change})
+            plan = make_plan(x, DEVICES[device])
+            met[plan.kernel].add(key_of(plan, d, dv, dtype))
     return met
 
 
 @pytest.mark.parametrize("device", ["h200", "a100", "rtx5090"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_variants_of_a_dtype_and_head_dimension_are_few(device: str, dtype: Any) -> None:
-    """Distinct constants, warps and stages of each kernel over a broad sweep of problems."""
+    """Over layouts, ratios, lengths, alignments and every combination of features."""
     for d, dv in ALL_DIMS:
-        met = variants_of(d, dv, dtype, device, sweep())
+        met = variants_of(d, dv, dtype, device)
         assert set(met) == {"decode", "prefill"}
-        assert {kernel: len(variants) for kernel, variants in met.items() if len(variants) >= LIMIT} == {}
+        counts = {kernel: len(programs) for kernel, programs in met.items()}
+        assert {k: n for k, n in counts.items() if n >= LIMIT} == {}, (d, dv)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
-@pytest.mark.parametrize("d", [64, 80, 128])
-def test_variants_of_a_feature_are_few(d: int, dtype: Any) -> None:
-    """Each value of a feature's constants, alone, has as few variants as plain calls: features do not multiply tiles.
+class Recorder:
+    """Stands for a kernel and keeps what it is launched with."""
 
-    In all (plain and each feature alone, told apart by their pointers too) that bounds what a user ever compiles.
+    def __init__(self) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: self.calls.append((args, kwargs))
+
+
+def recorded_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[Any, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """kernel -> arguments of calls that differ in every tensor a call may have: whether, where and of which dtype."""
+    kernels = {decode_kernel: Recorder(), prefill_kernel: Recorder()}
+    for kernel, recorder in kernels.items():
+        monkeypatch.setattr(launcher, kernel.fn.__name__, recorder)
+    monkeypatch.setattr(launcher, "fixup", lambda *args, **kwargs: None)
+
+    def index(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float16, skip: int = 0) -> torch.Tensor:
+        return torch.empty(math.prod(shape) + skip, dtype=dtype)[skip:].view(shape)
+
+    b, h, sk, d = 2, 8, 512, 64
+    for sq, skip in itertools.product((1, 200), (0, 3)):
+        q, k = empty(b, sq, h, d), empty(b, sk, 2, d)
+        features: list[dict[str, Any]] = [{"softcap": 1.0}, {"attention_chunk": 64}]
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            features.append({"sink": empty(h, dtype=dtype, skip=skip)})
+            features.append({"mask": empty(b, h, sq, sk, dtype=dtype, skip=skip)})
+        features += [
+            {"alibi_slopes": empty(b, h, dtype=torch.float32, skip=skip)},
+            {"mask": empty(b, h, sq, sk, dtype=torch.uint8, skip=skip).bool()},
+            {"mask": empty(1, 1, 1, sk, dtype=torch.float16).expand(b, h, sq, sk)},
+            {"tree_mask": torch.zeros(b, sq, sq, dtype=torch.bool)},
+            {"cache_batch_idx": index(b + skip)[skip:]},
+            {"cache_leftpad": index(b + skip)[skip:], "seqused_k": index(b + skip)[skip:]},
+            {
+                "rotary_cos": empty(99, 32, skip=skip),
+                "rotary_sin": empty(99, 32, skip=skip),
+                "rotary_positions": index(b),
+            },
+            {"page_table": index(b, 32), "seqused_k": index(b), "k": empty(64, 16, 2, d)},
+            {"cu_seqlens_k": index(b + 1), "k": empty(b * sk, 2, d), "softcap": 1.0},
+        ]
+        for splits, feature in itertools.product((1, 4), [{}, {"seqused_k": index(b)}, *features]):
+            call = {"q": q, "k": k, "num_splits": splits, **feature}
+            x = Inputs(**{**call, "v": call["k"]})
+            for out, lse in (
+                (empty(*x.out_shape), empty(*x.lse_shape, dtype=torch.float32)),
+                (empty(*x.out_shape, skip=skip), empty(*x.lse_shape, dtype=torch.float32, skip=skip)),
+            ):
+                with backends.force(DEVICES["h200"]):
+                    backends.run(x, out, lse)
+    return {kernel: recorder.calls for kernel, recorder in kernels.items()}
+
+
+def test_triton_tells_calls_apart_by_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own key of a compiled program: none of the tensors' presence, dtype or alignment is in it.
+
+    Were it otherwise, the numbers above would count too few.
     """
-    # Features do not meet layouts, lengths or splits in the planner: a coarser sweep will do.
-    shapes = [p for p in sweep() if p["heads"] in (2, 8, 24, 96) and p["num_splits"] != 7]
-    everything: set[Any] = set()
-    for change, pointers in [({}, ()), *(value for values in FEATURES.values() for value in values)]:
-        met = variants_of(d, d, dtype, "h200", shapes, **change)
-        assert {kernel: len(found) for kernel, found in met.items() if len(found) >= LIMIT} == {}, change
-        everything |= {(kernel, pointers, v) for kernel, found in met.items() for v in found}
-    assert len(everything) < IN_ALL
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    for kernel, calls in recorded_calls(monkeypatch).items():
+        jit = JITFunction(kernel.fn, do_not_specialize=LISTED[kernel])
+        bind = create_function_from_signature(jit.signature, jit.params, backend)
+        constant = [n for n in jit.signature.parameters if n.isupper() and len(n) > 1]
+        keys, counted = set(), set()
+        for args, kwargs in calls:
+            _, specialization, options = bind(*args, **kwargs, debug=False)
+            keys.add((str(specialization), str(sorted(options.items()))))
+            counted.add(str([(n, kwargs[n]) for n in (*constant, "num_warps", "num_stages")]))
+        assert len(calls) > 60
+        assert 4 <= len(keys) == len(counted) < LIMIT
 
 
 @pytest.mark.parametrize("kernel", LISTED, ids=lambda k: k.fn.__name__)
-def test_no_integer_is_specialised_on(kernel: Any) -> None:
+def test_no_argument_is_specialised_on(kernel: Any) -> None:
     """One not in the list would compile a variant for 1, one for multiples of 16 and one for the rest."""
     listed = LISTED[kernel]
     kinds = {n: p.annotation for n, p in inspect.signature(kernel.fn).parameters.items()}
     integers = [n for n, kind in kinds.items() if getattr(kind, "name", "") in ("int32", "int64", "uint32")]
     assert sorted(integers) == sorted(listed)
-    # What is left are pointers, None or a tensor, floats, and constants in capitals.
-    pointers = [n for n, kind in kinds.items() if kind is inspect.Parameter.empty]
-    assert set(pointers) <= {
-        *("Q", "K", "V", "Out", "Lse", "PartialOut", "PartialLse"),
-        *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "cu_seqlens", "seqused"),
-        *("Sink", "Slopes", "Mask", "Tree", "cache_batch_idx", "cache_leftpad"),
-        *("rotary_cos", "rotary_sin", "rotary_positions"),
-        *("KCache", "VCache", "Lengths", "Cos", "Sin", "cache_seqlens", "cu_seqlens_k_new", "rotary_seqlens"),
-    }
+    # What is left are floats and constants in capitals; the fixup takes pointers.
+    pointers = {n for n, kind in kinds.items() if kind is inspect.Parameter.empty}
+    fixups = {"PartialOut", "PartialLse", "Out", "Lse", "cu_seqlens", "seqused"}
+    assert pointers == (fixups if kernel is fixup_kernel else set())
 
 
 @pytest.mark.parametrize("kernel", [decode_kernel, prefill_kernel], ids=lambda k: k.fn.__name__)
@@ -141,4 +215,4 @@ def test_the_launchers_constants_are_the_kernels(kernel: Any) -> None:
     plan = make_plan(problem(sq=1 if kind == "decode" else 2048, num_splits=1), DEVICES["h200"])
     assert plan.kernel == kind
     wanted = {n for n in inspect.signature(kernel.fn).parameters if n.isupper() and len(n) > 1}
-    assert set(constants(plan, 128, 128, 2)) == wanted
+    assert set(constants(plan, 128, 128, torch.float16)) == wanted

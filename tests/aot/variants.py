@@ -23,9 +23,9 @@ BATCH, KEYS = 4, 8192
 # Powers of two, cut in two (80, 96), unequal (192/128), and masked columns on both sides (40/72).
 ALL_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (40, 72))
 
-# What a call adds to plain attention, each compiled alone. Masks are for dense calls only.
-MASKS = ("mask-added", "mask-bool")
-FEATURES = ("softcap", "sink", "chunk", "alibi", *MASKS, "tree", "rows", "rotary-pairs", "rotary-halves")
+# What a call adds to plain attention: one of each program that features share. Masks are for dense calls only.
+MASKS = ("mask-bool", "tree")
+FEATURES = ("softcap", *MASKS, "rotary-pairs")
 # Forms of the two attention kernels; the others have no plan of their own.
 ATTENTION = ("decode1", "decode64", "prefill")
 
@@ -84,9 +84,6 @@ class Variant:
     def _feature(self, heads: int, queries: int, dtype: torch.dtype) -> dict[str, object]:
         """The arguments that ask for the feature."""
         name = self.feature
-        if name in MASKS:
-            mask = torch.empty(KEYS, dtype=dtype if name == "mask-added" else torch.bool)
-            return {"mask": mask.expand(BATCH, heads, queries, KEYS)}
         if name.startswith("rotary"):
             cos, sin = torch.empty(2, KEYS, self.d // 2, dtype=dtype)
             return {
@@ -98,11 +95,8 @@ class Variant:
         others: dict[str, dict[str, object]] = {
             "": {},
             "softcap": {"softcap": 30.0},
-            "sink": {"sink": torch.empty(heads, dtype=dtype)},
-            "chunk": {"attention_chunk": 2048},
-            "alibi": {"alibi_slopes": torch.empty(heads)},
+            "mask-bool": {"mask": torch.empty(KEYS, dtype=torch.bool).expand(BATCH, heads, queries, KEYS)},
             "tree": {"tree_mask": torch.empty(queries, dtype=torch.bool).expand(BATCH, queries, queries)},
-            "rows": {"cache_batch_idx": _index(BATCH), "cache_leftpad": _index(BATCH)},
         }
         return others[name]
 
@@ -111,7 +105,9 @@ class Variant:
         dtype, paged = DTYPES[self.dtype], self.layout == "paged"
         rows = (BATCH * KEYS // 16, 16) if paged else (BATCH, KEYS)
         rotary = self._feature(4, 1, dtype)
-        rotary.pop("rotary_positions", None)  # those of the cache
+        if rotary:
+            rotary.pop("rotary_positions")  # those of the cache
+            rotary["q"] = self._tensor((BATCH, 1), 16, self.d, dtype)
         return AppendInputs(
             self._tensor(rows, 4, self.d, dtype),
             self._tensor(rows, 4, self.dv, dtype),
@@ -170,10 +166,27 @@ def _hopper() -> list[Variant]:
     fixup += [Variant("fixup", "ragged", "fp32", 40, 72), Variant("fixup", "dense", "bf16", 256, 256)]
     featured = [
         Variant(form, layout, "bf16", 128, 128, feature=feature)
-        for feature in FEATURES
+        for feature, layouts in (
+            ("softcap", ("dense", "paged")),
+            ("mask-bool", ("dense",)),
+            ("tree", ("paged",)),
+            ("rotary-pairs", ("dense", "paged")),
+        )
         for form in ("decode1", "prefill")
-        for layout in ("dense", "paged")
-        if layout == "dense" or feature not in MASKS
+        for layout in layouts
+    ]
+    featured += [
+        Variant(form, "dense", "bf16", d, dv, feature=feature)
+        for d, dv in ALL_DIMS
+        if d != 128
+        for form in ("decode1", "prefill")
+        for feature in ("softcap", "mask-bool")
+    ]
+    featured += [
+        Variant("decode64", layout, "bf16", 128, 128, feature="softcap") for layout in ("dense", "paged")
+    ]
+    featured += [
+        Variant(form, "dense", "fp32", 128, 128, feature="mask-bool") for form in ("decode1", "prefill")
     ]
     append = [
         Variant("append", layout, "bf16", 128, 128, feature=feature)

@@ -59,8 +59,9 @@ def test_features_reach_the_planner() -> None:
     assert (p.window_left, p.softcap, p.lengths_on_device) == (95, True, False)
     assert NAMED["tiny-split"].problem("cuda").tokens_per_split == 32
     assert NAMED["tiny-tree"].problem("cuda").tensor_mask
+    assert p.featured
     rotated = NAMED["tiny-append-rotary"].problem("cuda")
-    assert rotated.rotary == (32, False, 4)
+    assert not rotated.featured, "an append rotates q: attention gets a plain one"
     assert rotated.lengths_on_device
 
 

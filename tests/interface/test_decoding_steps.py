@@ -35,8 +35,12 @@ def test_an_append_then_attends_to_what_it_wrote(target: Target, case: dict[str,
         assert torch.equal(bits(t[name]), bits(value)), f"{name} was written"
     assert_accurate(s.inputs(caches), out, lse)
     after, lse_after = s.run_after(caches)
-    assert torch.equal(out, after)
-    assert torch.equal(lse, lse_after)
+    if s.rotary:
+        # Without an append the attention itself rotates q, in another program.
+        assert_accurate(s.inputs(caches), after, lse_after)
+    else:
+        assert torch.equal(out, after)
+        assert torch.equal(lse, lse_after)
 
 
 def test_an_append_writes_into_out(target: Target) -> None:

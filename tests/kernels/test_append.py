@@ -14,9 +14,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from headfold.append import rotate
 from headfold.backends import append as launcher
-from headfold.kernels.append import APPEND_INTEGERS, append_kernel
+from headfold.backends.cpu_append import rotate
+from headfold.kernels.append import APPEND_ARGUMENTS, append_kernel
 from headfold.kernels.parts.fold import store_rows
 from headfold.kernels.parts.rotary import load_rotated
 from headfold.planner.tiles import split_dim
@@ -122,18 +122,18 @@ def test_an_append_is_one_launch(kernels: Target, monkeypatch: pytest.MonkeyPatc
         assert call(case.x).tolist() == [7, 4]
     # Two sequences of 3 tokens x 2 heads; a tile of width 16 holds 128 rows.
     assert grids == [(2,), (2,)]
+    # Two sequences of 40 queries x 5 heads: two tiles each, rotated by programs of the same launch.
+    case.x.q = torch.randn(2, 40, 5, 8).to(kernels.device)
+    call(case.x)
+    assert grids[2:] == [(2 + 4,)]
 
 
-def test_no_integer_is_specialised_on() -> None:
-    """One not in the list would compile a variant for 1, one for multiples of 16 and one for the rest."""
+def test_no_argument_is_specialised_on() -> None:
+    """Addresses and integers alike: one not in the list would compile a variant for 1, one for multiples of 16 ..."""
     kinds = {n: p.annotation for n, p in inspect.signature(append_kernel.fn).parameters.items()}
-    integers = [n for n, kind in kinds.items() if getattr(kind, "name", "") in ("int32", "int64", "uint32")]
-    assert sorted(integers) == sorted(APPEND_INTEGERS)
-    rest = {n for n, kind in kinds.items() if kind is inspect.Parameter.empty}
-    assert rest == {
-        *("KCache", "VCache", "K", "V", "Lengths", "Cos", "Sin", "cache_seqlens", "cu_seqlens_k_new"),
-        *("page_table", "cache_batch_idx", "rotary_seqlens"),
-    }
+    plain = [n for n, kind in kinds.items() if getattr(kind, "name", "") in ("int32", "int64", "uint32")]
+    assert sorted(plain) == sorted(APPEND_ARGUMENTS)
+    assert not [n for n, kind in kinds.items() if kind is inspect.Parameter.empty]
 
 
 def test_variants_follow_the_model_not_the_call() -> None:

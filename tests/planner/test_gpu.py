@@ -220,13 +220,13 @@ def test_a_long_prompt_is_a_prefill(d: int, batch: int, sq: int) -> None:
 
 @given(problems())
 def test_up_to_64_folded_rows_go_to_the_decode_kernel(p: Any) -> None:
-    """Its tile holds them all (float32 excepted), so K and V are read once."""
+    """Its tile holds them all (float32 and rows to be rotated excepted), so K and V are read once."""
     plan = make_plan(p, H200)
     rows = p.max_seqlen_q * plan.fold
     if plan.kernel == "none" or rows > DECODE_ROWS:
         return
     assert plan.kernel == "decode"
-    if p.dtype != torch.float32:
+    if p.dtype != torch.float32 and not p.rotary:
         assert plan.block_m >= rows
         assert plan.tiles_per_sequence == 1
 
@@ -455,6 +455,9 @@ def test_the_search_mirrored_here_is_the_kernels(monkeypatch: pytest.MonkeyPatch
         def __add__(self, i: Any) -> tuple[Pointer, int]:  # type: ignore[override]
             return self, int(i)
 
+    def pointer(address: Pointer, *_: Any) -> Pointer:
+        return address
+
     class Language:
         """As much of triton.language as find_sequence uses."""
 
@@ -465,6 +468,7 @@ def test_the_search_mirrored_here_is_the_kernels(monkeypatch: pytest.MonkeyPatch
             return Number(place[0][place[1]])
 
     monkeypatch.setitem(spans.find_sequence.fn.__globals__, "tl", Language)
+    monkeypatch.setitem(spans.find_sequence.fn.__globals__, "pointer", pointer)
     lens = [0, 5, 0, 0, 130, 1, 64, 0]
     cu = offsets(lens)
     for tile in range(cu[-1] * 3 // 16 + len(lens)):
@@ -548,7 +552,8 @@ def test_the_planned_blocks_are_the_launched_ones(launcher: Any, name: str, devi
     assert (keywords["DV0"], keywords["DV1"]) == plan.dv_parts
     assert (keywords["num_warps"], keywords["num_stages"]) == (plan.num_warps, plan.num_stages)
     assert (keywords["HEAD_DIM"], keywords["HEAD_DIM_V"]) == (x.q.shape[-1], x.v.shape[-1])
-    assert keywords["SEARCH"] == plan.search_tiles
+    assert (keywords["FEATURED"], keywords["TENSORS"]) == (plan.featured, plan.tensor_mask)
+    assert (keywords["ROTARY"], keywords["PAGED"]) == (plan.rotary, x.page_table is not None)
     assert keywords.get("TMA", False) == plan.use_tma
     assert any(value is plan.fold for value in args)
     assert len(launcher.fixup_kernel.launches) == (plan.num_splits > 1)
@@ -577,6 +582,7 @@ def test_launch_cases_reach_every_kernel_and_the_search() -> None:
 @pytest.mark.parametrize("name", launch_cases())
 def test_a_launch_gives_every_kernel_parameter_once(launcher: Any, name: str) -> None:
     """Arguments are positional: one too few or in the wrong place would shift all that follow."""
+    from headfold.backends.triton import KINDS, address
     from headfold.kernels import decode, fixup, prefill
 
     kernels = {
@@ -587,6 +593,7 @@ def test_a_launch_gives_every_kernel_parameter_once(launcher: Any, name: str) ->
     x = launch_cases()[name]
     with backends.force(H200):
         backends.run(x, *poisoned(x))
+        searches = backends.plan_of(x)[1].search_tiles
     for kernel, jit in kernels.items():
         for _, args, keywords in getattr(launcher, kernel).launches:
             options = ("num_warps", "num_stages")
@@ -596,20 +603,19 @@ def test_a_launch_gives_every_kernel_parameter_once(launcher: Any, name: str) ->
             strides = {k: v for k, v in bound.items() if "stride" in k}
             assert all(isinstance(v, int) for v in strides.values())
             if kernel != "fixup_kernel":
-                assert bound["Q"] is x.q
-                assert bound["page_table"] is x.page_table
+                assert bound["Q"] == x.q.data_ptr()
+                assert bound["page_table"] == address(x.page_table)
+                # Packed tiles search their sequence.
+                assert (bound["tiles_per_sequence"] == 0) == searches
                 assert bound["k_stride_h"] == x.k.stride(-2)
                 assert bound["v_stride_h"] == x.v.stride(-2)
                 assert bound["q_stride_s"] == x.q.stride(-3)
-                pointers = {"Sink": x.sink, "Slopes": x.alibi_slopes, "rotary_cos": x.rotary_cos}
-                pointers |= {n: getattr(x, n) for n in ("rotary_sin", "rotary_positions", "cache_leftpad")}
-                pointers |= {"cache_batch_idx": x.cache_batch_idx}
-                assert all(bound[n] is t for n, t in pointers.items())
-                for n, t in (("Mask", x.mask), ("Tree", x.tree_mask)):
-                    # A bool mask goes as the bytes it is.
-                    assert (bound[n] is None) == (t is None)
-                    assert t is None or bound[n].data_ptr() == t.data_ptr()
-                    assert t is None or bound[n].dtype == (torch.uint8 if t.dtype == torch.bool else t.dtype)
+                same = ("rotary_cos", "rotary_sin", "rotary_positions", "cache_leftpad", "cache_batch_idx")
+                tensors = {n: getattr(x, n) for n in same}
+                tensors |= {"sink": x.sink, "slopes": x.alibi_slopes, "mask": x.mask, "tree": x.tree_mask}
+                assert {n: bound[n] for n in tensors} == {n: address(t) for n, t in tensors.items()}
+                for n, t in (("mask_kind", x.mask), ("sink_kind", x.sink), ("rotary_kind", x.rotary_cos)):
+                    assert bound[n] == (0 if t is None else KINDS[t.dtype])
                 assert [bound[f"mask_stride_{i}"] for i in "bhqk"] == list(
                     x.mask.stride() if x.mask is not None else (0,) * 4
                 )

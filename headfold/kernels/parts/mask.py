@@ -1,83 +1,83 @@
-"""Masks and biases given as tensors: which keys a row sees, and what is added to its scores."""
+"""Masks and biases: which keys a row sees beyond a band, and what is added to its scores (in log2 units)."""
 
 import triton
 import triton.language as tl
 
-
-@triton.constexpr_function
-def has_bias(slopes, mask):
-    """True when something is added to the scores: the state's maximum is then in log2 units."""
-    return slopes is not None or (mask is not None and mask.dtype.element_ty.is_floating())
-
-
-@triton.constexpr_function
-def is_bool(mask):
-    """True for a mask that keeps or hides keys, False for one that is added, and for none."""
-    return mask is not None and mask.dtype.element_ty.is_int()
+from headfold.kernels.parts.address import BYTE, FLOAT, aligned, pointer, to_float
 
 
 @triton.jit
-def tensor_mask(visible, Mask, rows, stride_key, j, sk, live, MASK_ALIGN: tl.constexpr):
-    """`visible` (BLOCK_M, BLOCK_N) under a bool or additive mask; the bias in log2 units (0 for a bool mask).
-
-    `rows` (BLOCK_M,) are the offsets of the rows in the mask. A bias of -inf hides a key, as False does.
-    MASK_ALIGN > 0: keys lie side by side and rows start at multiples of it, so that loads are wide ones.
-    """
-    inside = live[:, None] & (j < sk)[None, :]
-    if MASK_ALIGN > 0:
-        offsets = rows[:, None] + j[None, :]
+def mask_elements(
+    address, rows, first, stride_key, inside, TYPE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """(BLOCK_M, BLOCK_N) elements of a mask, 0 where not inside. ALIGN > 1: keys lie side by side, and rows (offsets,
+    (BLOCK_M,)) and first are multiples of it: what wide loads take."""
+    j = aligned(first, ALIGN) + tl.arange(0, BLOCK_N)
+    if ALIGN > 1:
+        offsets = aligned(rows, ALIGN)[:, None] + j[None, :]
     else:
         offsets = rows[:, None] + j.to(tl.int64)[None, :] * stride_key
-    value = tl.load(Mask + offsets, mask=inside, other=0)
-    if Mask.dtype.element_ty.is_int():
-        visible = visible & (value != 0)
-        bias = tl.zeros(value.shape, tl.float32)
-    else:
-        bias = value.to(tl.float32) * 1.4426950408889634
-        visible = visible & (bias > float("-inf"))
-    return visible, bias
+    return tl.load(pointer(address, TYPE, ALIGN) + offsets, mask=inside, other=0)
 
 
 @triton.jit
-def alive_blocks(
-    Mask,
-    rows,
-    stride_key,
-    key_low,
-    blocks,
-    row_low,
-    row_high,
-    sk,
-    live,
-    BLOCK_N: tl.constexpr,
-    MASK_ALIGN: tl.constexpr,
-):
-    """First and past-the-last block of which the mask leaves some row of the tile a key; equal if there is none.
+def mask_bias(mask, first, sk, live, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+    """The bias of a mask for keys first.. of the rows of a tile, (BLOCK_M, BLOCK_N) float32: -inf hides a key.
 
-    The mask is read twice for it, and the blocks before and after are not computed: what causal, sliding, padding
-    and document masks kill. (Additive masks are dense as a rule, and 1.5 times slower with a second reading: they
-    go without.) A test inside the loop would skip blocks between as well, but Triton does not pipeline a
-    conditional product (1.7 times the time where no block dies, H200), and 3.6 computes some wrongly.
+    mask is (address, kind, wide, stride of a key, offsets of the rows (BLOCK_M,)): bool bytes, True keeps a key, or
+    numbers that are added. wide: see mask_elements, in 16-byte units; WIDE > 0 promises so for elements of as many
+    bytes. Rows that are not live and keys from sk on are not read.
     """
-    first = blocks
-    last = 0
-    for block in range(blocks):
-        j = key_low + block * BLOCK_N + tl.arange(0, BLOCK_N)
-        visible = (j[None, :] >= row_low[:, None]) & (j[None, :] < row_high[:, None])
-        visible, _ = tensor_mask(visible, Mask, rows, stride_key, j, sk, live, MASK_ALIGN)
-        alive = tl.max(tl.max(visible.to(tl.int32), 1), 0)
-        first = tl.minimum(first, tl.where(alive > 0, block, blocks))
-        last = tl.where(alive > 0, block + 1, last)
-    return first, last
+    address, kind, wide, stride_key, rows = mask
+    inside = live[:, None] & (first + tl.arange(0, BLOCK_N) < sk)[None, :]
+    if WIDE == 1:
+        kept = mask_elements(address, rows, first, stride_key, inside, tl.uint8, 16, BLOCK_N)
+        bias = tl.where(kept != 0, 0.0, float("-inf"))
+    elif WIDE == 2:
+        raw = mask_elements(address, rows, first, stride_key, inside, tl.int16, 8, BLOCK_N)
+        bias = to_float(raw, kind) * 1.4426950408889634
+    else:
+        bias = any_mask_bias(mask, first, inside, BLOCK_N)
+    return bias
 
 
 @triton.jit
-def tree_visible(visible, Tree, rows, j, first_new, sq, live):
-    """`visible` under a tree mask: a row sees every key before first_new, and of the newest sq those it lists."""
+def any_mask_bias(mask, first, inside, BLOCK_N: tl.constexpr):
+    """`mask_bias` of any kind and layout, under branches that all threads of a program take alike."""
+    address, kind, wide, stride_key, rows = mask
+    if kind == BYTE:
+        if wide != 0:
+            kept = mask_elements(address, rows, first, stride_key, inside, tl.uint8, 16, BLOCK_N)
+        else:
+            kept = mask_elements(address, rows, first, stride_key, inside, tl.uint8, 1, BLOCK_N)
+        bias = tl.where(kept != 0, 0.0, float("-inf"))
+    elif kind == FLOAT:
+        if wide != 0:
+            bias = mask_elements(address, rows, first, stride_key, inside, tl.float32, 4, BLOCK_N)
+        else:
+            bias = mask_elements(address, rows, first, stride_key, inside, tl.float32, 1, BLOCK_N)
+        bias = bias * 1.4426950408889634
+    else:
+        if wide != 0:
+            raw = mask_elements(address, rows, first, stride_key, inside, tl.int16, 8, BLOCK_N)
+        else:
+            raw = mask_elements(address, rows, first, stride_key, inside, tl.int16, 1, BLOCK_N)
+        bias = to_float(raw, kind) * 1.4426950408889634
+    return bias
+
+
+@triton.jit
+def tree_visible(tree, j, first_new, sq, live):
+    """Where a tree mask lets rows see keys j: every key before first_new, and of the newest sq those it lists.
+
+    tree is (address of bytes, offsets of the rows (BLOCK_M,)).
+    """
+    address, rows = tree
     column = j - first_new
     inside = live[:, None] & ((column >= 0) & (column < sq))[None, :]
-    listed = tl.load(Tree + rows[:, None] + column.to(tl.int64)[None, :], mask=inside, other=0)
-    return visible & ((column < 0)[None, :] | (listed != 0))
+    at = pointer(address, tl.uint8, 1) + rows[:, None] + column.to(tl.int64)[None, :]
+    listed = tl.load(at, mask=inside, other=0)
+    return (column < 0)[None, :] | (listed != 0)
 
 
 @triton.jit

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
+from headfold.kernels.parts.address import aligned, load_float
 from headfold.kernels.parts.fold import load_rows
-from headfold.kernels.parts.kv import aligned
 
 
 @triton.jit
@@ -57,17 +57,45 @@ def load_rotated(
         else:
             lower = column < HALF
             pair = tl.where(lower, column, column - HALF)
-            cos = load_angles(Cos, cos_stride, position, known, pair, HALF, ALIGN)
-            sin = load_angles(Sin, sin_stride, position, known, pair, HALF, ALIGN)
             partner = tl.where(lower, column + HALF, column - HALF)
+            # Before the angles, whose addresses wait for the position.
             other = tl.load(
                 X + offset[:, None] + partner[None, :],
                 mask=live[:, None] & (column < ROTARY_DIM)[None, :],
                 other=0.0,
             ).to(tl.float32)
+            cos = load_angles(Cos, cos_stride, position, known, pair, HALF, ALIGN)
+            sin = load_angles(Sin, sin_stride, position, known, pair, HALF, ALIGN)
             turned = x * cos + tl.where(lower[None, :], -other, other) * sin
         turned = tl.where((live & (known == 0))[:, None], float("nan"), turned)
         if START + WIDTH > ROTARY_DIM:
             turned = tl.where((column < ROTARY_DIM)[None, :], turned, x)
         x = turned
     return x
+
+
+@triton.jit
+def turn_rows(x, X, offset, live, position, rotary, START: tl.constexpr, WIDTH: tl.constexpr):
+    """`load_rotated` of columns x (M, WIDTH) that are already loaded from X, whatever the pairs and the angles.
+
+    rotary is (address of cos, of sin, kind of both, their row strides, number of positions, rotary_dim, whether pairs
+    lie side by side), all known at run time only: one program serves every model, at the price of narrow loads.
+    """
+    cos_address, sin_address, kind, cos_stride, sin_stride, positions, dim, side_by_side = rotary
+    half = dim // 2
+    column = START + tl.arange(0, WIDTH)
+    lower = tl.where(side_by_side != 0, column % 2 == 0, column < half)
+    pair = tl.where(side_by_side != 0, column // 2, tl.where(lower, column, column - half))
+    step = tl.where(side_by_side != 0, 1, half)
+    partner = tl.where(lower, column + step, column - step)
+    turns = (column < dim)[None, :]
+    known = live & (position >= 0) & (position < positions)
+    rows = position.to(tl.int64)[:, None]
+    cos = load_float(cos_address, kind, rows * cos_stride + pair[None, :], known[:, None] & turns)
+    sin = load_float(sin_address, kind, rows * sin_stride + pair[None, :], known[:, None] & turns)
+    other = tl.load(X + offset[:, None] + partner[None, :], mask=live[:, None] & turns, other=0.0).to(
+        tl.float32
+    )
+    turned = x.to(tl.float32) * cos + tl.where(lower[None, :], -other, other) * sin
+    turned = tl.where((live & (known == 0))[:, None], float("nan"), turned)
+    return tl.where(turns, turned.to(x.dtype), x)

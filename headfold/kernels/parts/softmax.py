@@ -29,18 +29,27 @@ def softmax_step(scores, visible, row_max, row_sum, scale_log2, MASKED: tl.const
 
 
 @triton.jit
+def softmax_step_log2(scores, row_max, row_sum):
+    """`softmax_step` of scores in log2 units, -inf where a key is hidden; the maximum is in log2 units too."""
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores - safe_max[:, None])
+    shrink = tl.exp2(row_max - safe_max)
+    return weights, shrink, new_max, row_sum * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
 def soft_cap(scores, scale):
     """tanh(scores * scale) from one exponential, exact at both ends."""
     return 1.0 - 2.0 / (tl.exp2(scores * (scale * 2.8853900817779268)) + 1.0)
 
 
 @triton.jit
-def add_sink(acc0, acc1, row_max, row_sum, sink, scale_log2):
-    """Take a logit with no value into the softmax of a state whose maximum is in units of 1 / scale_log2.
+def add_sink(acc0, acc1, row_max, row_sum, sink):
+    """Take a logit with no value, -inf for none, into the softmax of a state whose maximum is in log2 units.
 
-    Returns the state with its maximum in log2 units. A row without a key ends with the sink alone.
+    A row without a key ends with the sink alone.
     """
-    row_max = tl.where(row_max == float("-inf"), row_max, row_max * scale_log2)
     sink = sink * 1.4426950408889634
     new_max = tl.maximum(row_max, sink)
     safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)

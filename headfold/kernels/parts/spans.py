@@ -3,6 +3,11 @@
 import triton
 import triton.language as tl
 
+from headfold.kernels.parts.address import load_index, pointer
+
+# An open window side and no chunk, as the host gives them: above any length, and a sum with one fits 32 bits.
+OPEN: tl.constexpr = tl.constexpr(2**30)
+
 
 @triton.jit
 def find_sequence(tile, cu_seqlens_q, batch, fold, BLOCK_M: tl.constexpr):
@@ -11,46 +16,42 @@ def find_sequence(tile, cu_seqlens_q, batch, fold, BLOCK_M: tl.constexpr):
     Sequence i owns the tiles from cu_seqlens_q[i] * fold // BLOCK_M + i on: at least as many as it needs, and
     total_q * fold // BLOCK_M + batch altogether, a bound the host knows without reading a length.
     """
+    offsets = pointer(cu_seqlens_q, tl.int32, 1)
     low = 0
     high = batch
     while high - low > 1:
         middle = (low + high) // 2
-        first = tl.load(cu_seqlens_q + middle).to(tl.int64) * fold // BLOCK_M + middle
+        first = tl.load(offsets + middle).to(tl.int64) * fold // BLOCK_M + middle
         if first <= tile:
             low = middle
         else:
             high = middle
-    start = tl.load(cu_seqlens_q + low).to(tl.int64) * fold // BLOCK_M + low
+    start = tl.load(offsets + low).to(tl.int64) * fold // BLOCK_M + low
     return low, (tile - start).to(tl.int32)
 
 
 @triton.jit
-def sequence_span(seq, cu_seqlens, seqused, capacity, stride_batch, stride_row):
-    """Offset of a sequence's first row (int64 elements) and its length, whatever the layout."""
-    if cu_seqlens is not None:
-        first = tl.load(cu_seqlens + seq)
-        length = tl.load(cu_seqlens + seq + 1) - first
-        offset = first.to(tl.int64) * stride_row
-    else:
-        length = capacity
-        offset = seq.to(tl.int64) * stride_batch
-    if seqused is not None:
-        length = tl.load(seqused + seq)
-    return offset, length
+def sequence_span(seq, cu_seqlens, seqused, capacity):
+    """(a sequence's first row in a ragged tensor, 0 in any other; its length). The tensors are addresses."""
+    first = load_index(cu_seqlens, seq, 0)
+    length = load_index(cu_seqlens, seq + 1, capacity) - first
+    used = load_index(seqused, seq, -1)
+    return first, tl.where(seqused != 0, used, length)
 
 
 @triton.jit
-def visible_keys(position, shift, window_left, window_right, chunk, sk, CHUNKED: tl.constexpr):
+def visible_keys(position, shift, window_left, window_right, chunk, sk, FEATURED: tl.constexpr):
     """Half-open range [low, high) of keys that a query position sees. Works on scalars and tensors.
 
-    An open side comes as 2**30, which is above any length, so one kernel serves every mask of this kind. Both
-    ends never decrease with the position: a tile's keys follow from its first and last row.
+    An open side comes as OPEN, and so does no chunk: one kernel serves every mask of this kind. Both ends never
+    decrease with the position: a tile's keys follow from its first and last row.
     """
     low = tl.maximum(position + shift - window_left, 0)
     high = tl.minimum(position + shift + window_right + 1, sk)
-    if CHUNKED:
+    if FEATURED:
         # A query before the first key has no chunk that a key could share.
         start = tl.maximum(position + shift, 0) // chunk * chunk
         low = tl.maximum(low, start)
-        high = tl.where(position + shift < 0, 0, tl.minimum(high, start + chunk))
+        homeless = (position + shift < 0) & (chunk < OPEN)
+        high = tl.where(homeless, 0, tl.minimum(high, start + chunk))
     return low, high

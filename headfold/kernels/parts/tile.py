@@ -3,16 +3,17 @@
 import triton
 import triton.language as tl
 
+from headfold.kernels.parts.address import pointer
 from headfold.kernels.parts.fold import load_rows, store_rows
-from headfold.kernels.parts.rotary import load_rotated
+from headfold.kernels.parts.rotary import turn_rows
 from headfold.kernels.parts.softmax import add_sink, softmax_finish
 from headfold.kernels.parts.spans import find_sequence, visible_keys
 
 
 @triton.jit
-def locate(tile, tiles_per_sequence, cu_seqlens_q, batch, fold, BLOCK_M: tl.constexpr, SEARCH: tl.constexpr):
-    """(sequence, tile within it) of a program's tile number."""
-    if SEARCH:
+def locate(tile, tiles_per_sequence, cu_seqlens_q, batch, fold, BLOCK_M: tl.constexpr):
+    """(sequence, tile within it) of a program's tile number; tiles_per_sequence 0: packed tiles, which search."""
+    if tiles_per_sequence == 0:
         seq, tile = find_sequence(tile, cu_seqlens_q, batch, fold, BLOCK_M)
     else:
         seq = tile // tiles_per_sequence
@@ -27,39 +28,17 @@ def load_part(
     live,
     sign,
     angles,
-    Cos,
-    Sin,
-    cos_stride,
-    sin_stride,
-    max_positions,
+    rotary,
     HEAD_DIM: tl.constexpr,
     START: tl.constexpr,
     WIDTH: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ROTARY_ALIGN: tl.constexpr,
+    ROTARY: tl.constexpr,
 ):
     """Columns START..START+WIDTH of a tile's queries, rotated where asked and rounded as a stored q would be."""
-    if ROTARY_DIM > 0:
-        part = load_rotated(
-            Q,
-            rows,
-            live,
-            angles,
-            Cos,
-            Sin,
-            cos_stride,
-            sin_stride,
-            max_positions,
-            HEAD_DIM,
-            START,
-            WIDTH,
-            ROTARY_DIM,
-            INTERLEAVED,
-            ROTARY_ALIGN,
-        ).to(Q.dtype.element_ty)
-    else:
-        part = load_rows(Q, rows, live, HEAD_DIM, START, WIDTH)
+    part = load_rows(Q, rows, live, HEAD_DIM, START, WIDTH)
+    if ROTARY:
+        if rotary[6] > 0:
+            part = turn_rows(part, Q, rows, live, angles, rotary, START, WIDTH)
     return (part * sign).to(Q.dtype.element_ty)
 
 
@@ -70,57 +49,17 @@ def load_queries(
     live,
     sign,
     angles,
-    Cos,
-    Sin,
-    cos_stride,
-    sin_stride,
-    max_positions,
+    rotary,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ROTARY_ALIGN: tl.constexpr,
+    ROTARY: tl.constexpr,
 ):
     """Both parts of a tile's queries, negated when the softmax scale is negative (exact in any precision)."""
-    q0 = load_part(
-        Q,
-        rows,
-        live,
-        sign,
-        angles,
-        Cos,
-        Sin,
-        cos_stride,
-        sin_stride,
-        max_positions,
-        HEAD_DIM,
-        0,
-        D0,
-        ROTARY_DIM,
-        INTERLEAVED,
-        ROTARY_ALIGN,
-    )
+    q0 = load_part(Q, rows, live, sign, angles, rotary, HEAD_DIM, 0, D0, ROTARY)
     q1 = q0
     if D1 > 0:
-        q1 = load_part(
-            Q,
-            rows,
-            live,
-            sign,
-            angles,
-            Cos,
-            Sin,
-            cos_stride,
-            sin_stride,
-            max_positions,
-            HEAD_DIM,
-            D0,
-            D1,
-            ROTARY_DIM,
-            INTERLEAVED,
-            ROTARY_ALIGN,
-        )
+        q1 = load_part(Q, rows, live, sign, angles, rotary, HEAD_DIM, D0, D1, ROTARY)
     return q0, q1
 
 
@@ -130,20 +69,25 @@ def tile_keys(
     sq,
     sk,
     fold,
-    bottom_right,
+    shift,
     window_left,
     window_right,
     chunk,
     BLOCK_M: tl.constexpr,
-    CHUNKED: tl.constexpr,
+    FEATURED: tl.constexpr,
 ):
-    """What the mask leaves of the keys of a tile: (shift of the diagonal, first key that any row sees, end of
-    the keys that any row sees, first key that all rows see, end of the keys that all rows see)."""
-    shift = (sk - sq) * bottom_right
+    """What the mask leaves of the keys of a tile: (first key that any row sees, end of the keys that any row sees,
+    first key that all rows see, end of the keys that all rows see)."""
     last_row = tl.minimum(first_row + BLOCK_M, sq * fold) - 1
-    low, full_high = visible_keys(first_row // fold, shift, window_left, window_right, chunk, sk, CHUNKED)
-    full_low, high = visible_keys(last_row // fold, shift, window_left, window_right, chunk, sk, CHUNKED)
-    return shift, low, high, full_low, full_high
+    low, full_high = visible_keys(first_row // fold, shift, window_left, window_right, chunk, sk, FEATURED)
+    full_low, high = visible_keys(last_row // fold, shift, window_left, window_right, chunk, sk, FEATURED)
+    return low, high, full_low, full_high
+
+
+@triton.jit
+def slopes_of(slopes, offset, live):
+    """The ALiBi slopes of a tile's rows, (BLOCK_M,) float32, 0 where there are none."""
+    return tl.load(pointer(slopes, tl.float32, 1) + offset, mask=live & (slopes != 0), other=0.0)
 
 
 @triton.jit
@@ -157,32 +101,21 @@ def empty_state(BLOCK_M: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr):
 
 
 @triton.jit
-def store_result(
-    state,
-    Out,
-    Lse,
-    out_rows,
-    lse_rows,
-    live,
-    head,
-    Sink,
-    with_sink,
-    IN_LOG2: tl.constexpr,
-    scale_log2,
-    HEAD_DIM_V: tl.constexpr,
-    DV0: tl.constexpr,
-    DV1: tl.constexpr,
-):
-    """Finish a tile's state and write its live rows. Of several splits of a tile one takes the sink."""
+def finish_state(state, scale_log2, has_sink, sinks, FEATURED: tl.constexpr):
+    """(output part 0, part 1, LSE) of a tile whose blocks are done; sinks (BLOCK_M,) count where has_sink is not 0."""
     acc0, acc1, row_max, row_sum = state
-    unit_log2 = 1.0 if IN_LOG2 else scale_log2
-    if Sink is not None:
-        sink = tl.load(Sink + head, mask=live, other=0.0).to(tl.float32)
-        sink = tl.where(with_sink, sink, float("-inf"))
-        acc0, acc1, row_max, row_sum = add_sink(acc0, acc1, row_max, row_sum, sink, unit_log2)
-        unit_log2 = 1.0
-    inverse, lse = softmax_finish(row_max, row_sum, unit_log2)
-    store_rows(Out, out_rows, live, acc0 * inverse[:, None], HEAD_DIM_V, 0, DV0)
+    if FEATURED:
+        if has_sink != 0:
+            acc0, acc1, row_max, row_sum = add_sink(acc0, acc1, row_max, row_sum, sinks)
+        inverse, lse = softmax_finish(row_max, row_sum, 1.0)
+    else:
+        inverse, lse = softmax_finish(row_max, row_sum, scale_log2)
+    return acc0 * inverse[:, None], acc1 * inverse[:, None], lse
+
+
+@triton.jit
+def store_result(Out, rows, live, out0, out1, HEAD_DIM_V: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr):
+    """Write both parts of a tile's output to its live rows, rounded to Out's dtype."""
+    store_rows(Out, rows, live, out0, HEAD_DIM_V, 0, DV0)
     if DV1 > 0:
-        store_rows(Out, out_rows, live, acc1 * inverse[:, None], HEAD_DIM_V, DV0, DV1)
-    tl.store(Lse + lse_rows, lse, mask=live)
+        store_rows(Out, rows, live, out1, HEAD_DIM_V, DV0, DV1)
