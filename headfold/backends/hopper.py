@@ -136,12 +136,12 @@ def _counter(device: torch.device) -> torch.Tensor:
         if used == CAPTURED:
             return torch.zeros(2, dtype=torch.int32, device=device)
         _captured[index] = used + 1
-        return _pairs[index][used]
+        return _pairs[index][used, :2]  # 16 bytes apart
     key = (index, torch.cuda.current_stream().cuda_stream)
     if key not in _counters:
         _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
     if index not in _pairs:
-        _pairs[index] = torch.zeros(CAPTURED, 2, dtype=torch.int32, device=device)
+        _pairs[index] = torch.zeros(CAPTURED, 4, dtype=torch.int32, device=device)
         torch.cuda.current_stream().synchronize()  # once a process: a graph may run on any stream
         _captured[index] = 0
     return _counters[key]

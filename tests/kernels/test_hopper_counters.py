@@ -49,7 +49,9 @@ def test_launches_of_a_stream_share_a_counter_and_streams_do_not(gpu: SimpleName
 def test_every_captured_launch_has_a_counter_of_its_own(gpu: SimpleNamespace) -> None:
     eager = take()
     gpu.capturing = True
-    assert len({eager, take(), take(), take()}) == 4
+    addresses = {take(), take(), take()}
+    assert len({eager, *addresses}) == 4
+    assert all(a % 16 == 0 for a in addresses)  # aligned as an eager call's: no other variant
 
 
 def test_a_capture_before_any_call_or_after_many_clears_its_own(gpu: SimpleNamespace) -> None:

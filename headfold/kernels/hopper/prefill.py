@@ -15,6 +15,9 @@ INTEGERS = (
     "out_stride_b out_stride_s out_stride_h lse_stride_b lse_stride_s lse_stride_h"
 ).split()
 
+# Read and written a number at a time: their alignment is no reason for another variant.
+POINTERS = "Lse cu_seqlens_q cu_seqlens_k seqused_q seqused_k counter".split()
+
 
 @gluon.jit
 def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
@@ -24,7 +27,7 @@ def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
     return bars
 
 
-@gluon.jit(do_not_specialize=INTEGERS)
+@gluon.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
 def prefill_kernel(
     q_desc,
     k_desc,
