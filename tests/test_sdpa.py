@@ -16,10 +16,11 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
 
-from headfold import backends, scaled_dot_product_attention
+from headfold import scaled_dot_product_attention
 from headfold.problem import Inputs
 from headfold.sdpa import MaskError
 from tests.conftest import CPU, Target
+from tests.recording import run_instead
 
 NAN = float("nan")
 
@@ -491,7 +492,7 @@ def test_every_argument_has_an_error_test() -> None:
     ids=[f"{name}-{i}" for name, cases in ERRORS.items() for i in range(len(cases))],
 )
 def test_bad_argument_is_refused_before_a_launch(bad: Bad, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "run", lambda *a: pytest.fail("a kernel was launched"))
+    run_instead(monkeypatch, lambda *a: pytest.fail("a kernel was launched"))
     with pytest.raises(bad.kind) as error:
         scaled_dot_product_attention(**{"query": Q, "key": K, "value": V, **bad.changes})
     assert type(error.value) is bad.kind
@@ -545,7 +546,7 @@ def test_gradients_come_to_nothing_without_grad_mode(target: Target) -> None:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Inputs]:
     calls: list[Inputs] = []
-    monkeypatch.setattr(backends, "run", lambda x, out, lse: calls.append(x))
+    run_instead(monkeypatch, lambda x, out, lse: calls.append(x))
     return calls
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from headfold import backends
 from headfold.problem import Inputs
+from tests.recording import run_instead
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Inputs]:
     """The checked inputs of every call, which go no further."""
     calls: list[Inputs] = []
-    monkeypatch.setattr(backends, "run", lambda x, out, lse: calls.append(x))
+    run_instead(monkeypatch, lambda x, out, lse: calls.append(x))
     return calls
