@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -49,7 +49,8 @@ class Target:
 
 CPU = Target("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16))
 # The interpreter's bf16 tl.dot is wrong (numpy has no bf16), so bf16 kernels run on GPUs alone.
-INTERPRETED = Target("interpreted", "cpu", (torch.float32, torch.float16), DEVICES["h200"])
+# An interpreted program takes milliseconds: a device of few multiprocessors asks for fewer.
+INTERPRETED = Target("interpreted", "cpu", (torch.float32, torch.float16), replace(DEVICES["h200"], sms=12))
 GPU = Target("gpu", "cuda", (torch.bfloat16, torch.float16, torch.float32))
 TARGETS = (CPU, GPU) if HAS_GPU else (CPU, INTERPRETED)
 KERNELS = GPU if HAS_GPU else INTERPRETED

@@ -12,49 +12,32 @@ import triton.language as tl
 from headfold.backends.launch import launch
 from headfold.kernels.decode import decode_kernel
 from headfold.kernels.fixup import fixup_kernel
+from headfold.kernels.merge import merge_kernel
 from headfold.kernels.prefill import prefill_kernel
+from headfold.planner.device import interpreter_requested
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import next_power_of_two
-from headfold.problem import MAX_SPLITS, Inputs, has_features, wide_mask
+from headfold.problem import MAX_SPLITS, Inputs, has_features, q_capacity, wide_mask
 
 # An open window side, and no chunk: above any position, and a sum with a position still fits 32 bits.
 OPEN_SIDE = 2**30
 ELEMENTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # What address.py calls the elements of masks, sinks and angles.
 KINDS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
+# Columns that a program of the merge kernel takes: narrow and of one warp, so that all its loads are in flight at once.
+# 96:8 b1 s8192 +1.9 us over the loop alone; 128 columns and 4 warps +3.6.
+MERGE_WIDTH = 32
+# States that a thread of it holds at a time, or four times as many: 64 splits of d256 15 us with 64, 19 with 16.
+FEW_STATES = 16
 NO_FEATURES = (0,) * 26
 
 
 def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Launch what the plan says. `out` (x.out_shape) and `lse` (x.lse_shape, float32) are written in full."""
-    if plan.num_splits == 1:
-        _launch(plan, x, out, lse, (0, *_out_strides(x, out)), (0, *_lse_strides(x, lse)))
-        return
-    partial_out, partial_lse = _workspace(plan, x)
-    out_strides = (partial_out.stride(0), *_out_strides(x, partial_out[0]))
-    lse_strides = (partial_lse.stride(0), *_out_strides(x, partial_lse[0].unsqueeze(-1)))
-    _launch(plan, x, partial_out, partial_lse, out_strides, lse_strides)
-    fixup(
-        partial_out,
-        partial_lse,
-        out,
-        lse,
-        shape=(1, *x.q.shape[:2]) if x.cu_seqlens_q is not None else x.q.shape[:3],
-        partial_out_strides=out_strides,
-        partial_lse_strides=lse_strides,
-        out_strides=_out_strides(x, out),
-        lse_strides=_lse_strides(x, lse),
-        cu_seqlens=x.cu_seqlens_q,
-        seqused=x.seqused_q,
-    )
-
-
-def _workspace(plan: Plan, x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """States of all splits: out (splits, ..., h, dv padded to 8) and LSE (splits, ..., h), float32."""
-    rows = x.q.shape[:-1]
-    width = -(-x.v.shape[-1] // 8) * 8
-    partial_out = x.q.new_empty((plan.num_splits, *rows, width), dtype=torch.float32)
-    return partial_out, x.q.new_empty((plan.num_splits, *rows), dtype=torch.float32)
+    if plan.kernel == "decode":
+        _decode(plan, x, out, lse)
+    else:
+        _prefill(plan, x, out, lse)
 
 
 def _out_strides(x: Inputs, t: torch.Tensor) -> tuple[int, int, int]:
@@ -96,6 +79,9 @@ def constants(plan: Plan, head_dim: int, head_dim_v: int, dtype: torch.dtype) ->
     }
     if plan.kernel == "prefill":
         values["TMA"] = plan.use_tma
+    else:
+        values["STREAM"] = plan.stream
+        values["EARLY"] = plan.early and not interpreter_requested()
     return values
 
 
@@ -103,24 +89,109 @@ def _allocate_descriptors(size: int, alignment: int, stream: int | None) -> torc
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _launch(
-    plan: Plan,
-    x: Inputs,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    out_strides: tuple[int, ...],
-    lse_strides: tuple[int, ...],
-) -> None:
-    ragged_q, paged = x.cu_seqlens_q is not None, x.page_table is not None
-    ragged_k = x.cu_seqlens_k is not None and not paged
-    # A paged cache's lengths may come as offsets: then they stand where a ragged cache's do.
-    q_strides = (0, x.q.stride(0), x.q.stride(1)) if ragged_q else x.q.stride()[:3]
-    k_strides = (0, x.k.stride(0), x.k.stride(1)) if ragged_k else x.k.stride()[:3]
-    v_strides = (0, x.v.stride(0), x.v.stride(1)) if ragged_k else x.v.stride()[:3]
-    page_size = x.k.shape[1] if paged else 1
-    # tanh bounds the scores before the exponential: its factor takes the scale's place.
-    scale, softcap_scale = (x.softcap, abs(x.scale) / x.softcap) if x.softcap > 0 else (x.scale, 0.0)
+def _prefill(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
     arguments = (
+        *_tensors(x, out, lse),
+        *_bounds(plan, x),
+        plan.fold,
+        x.q.shape[-2] // x.k.shape[-2],
+        *_input_strides(x),
+        0,
+        *_out_strides(x, out),
+        0,
+        *_lse_strides(x, lse),
+        *_pages(x),
+        *_band(x),
+        *_scales(x),
+        x.attention_chunk or OPEN_SIDE,
+        0,
+        *_feature_arguments(x),
+    )
+    variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    if plan.use_tma:
+        triton.set_allocator(_allocate_descriptors)
+    launch(prefill_kernel, (plan.tiles, plan.head_units), arguments, variant, options, x.q.device)
+
+
+def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+    items = plan.tiles // max(1, plan.tiles_per_sequence)  # sequences, or packed tiles
+    lanes = plan.lanes
+    states, state_lses, width, rows = 0, 0, 0, 0
+    if plan.workspace:
+        width, rows = -(-x.v.shape[-1] // 8) * 8, min(plan.block_m, _rows(x) * plan.fold)
+        count = plan.workspace // (4 * (width + 1))
+        workspace = x.q.new_empty(count * (width + 1), dtype=torch.float32)
+        states, state_lses = workspace.data_ptr(), workspace.data_ptr() + 4 * count * width
+    lanes_by, units_by = (lanes, *division(lanes)), (plan.head_units, *division(plan.head_units))
+    extent_blocks = -(-plan.extent // plan.block_n)
+    common = (plan.ranges, plan.gap, plan.extent, extent_blocks, states, state_lses, width, rows)
+    arguments = (
+        *_tensors(x, out, lse),
+        *_bounds(plan, x),
+        *units_by,
+        *lanes_by,
+        plan.num_splits,
+        *division(plan.num_splits),
+        *common,
+        plan.fold,
+        *division(plan.fold),
+        *division(x.q.shape[-2] // x.k.shape[-2]),
+        *_input_strides(x),
+        *_out_strides(x, out),
+        *_lse_strides(x, lse),
+        *_pages(x),
+        *_band(x),
+        *_scales(x),
+        x.attention_chunk or OPEN_SIDE,
+        *_feature_arguments(x),
+    )
+    variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    ranges = plan.ranges or items * plan.num_splits
+    launch(decode_kernel, (ranges * lanes,), arguments, variant, options, x.q.device)
+    if not plan.workspace:
+        return
+    arguments = (
+        out.data_ptr(),
+        lse.data_ptr(),
+        address(x.cu_seqlens_q),
+        address(x.cu_seqlens_k),
+        address(x.seqused_q),
+        address(x.seqused_k),
+        address(x.cache_leftpad),
+        *_bounds(plan, x),
+        *units_by,
+        *lanes_by,
+        plan.num_splits,
+        *common,
+        plan.fold,
+        *division(plan.fold),
+        *_out_strides(x, out),
+        *_lse_strides(x, lse),
+        *_band(x),
+        x.attention_chunk or OPEN_SIDE,
+    )
+    shared = ("ELEMENT", "HEAD_DIM_V", "BLOCK_M", "BLOCK_N", "ALIGN", "EARLY")
+    few = plan.num_splits <= FEW_STATES
+    merge_variant = {name: variant[name] for name in shared} | {
+        "WIDTH": MERGE_WIDTH,
+        "STATES": FEW_STATES if few else 4 * FEW_STATES,
+    }
+    options = {"num_warps": 1 if few else 2} | ({"launch_pdl": True} if variant["EARLY"] else {})
+    parts = -(-rows // 4) * -(-x.v.shape[-1] // MERGE_WIDTH)
+    launch(merge_kernel, (items * lanes, parts), arguments, merge_variant, options, x.q.device)
+
+
+def _rows(x: Inputs) -> int:
+    """Query positions of the longest sequence, at its bound."""
+    capacity = q_capacity(x)
+    return capacity if x.max_seqlen_q is None else min(x.max_seqlen_q, capacity)
+
+
+def _tensors(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> tuple[int, ...]:
+    """`Q` to `page_table` of the kernels."""
+    return (
         x.q.data_ptr(),
         x.k.data_ptr(),
         x.v.data_ptr(),
@@ -131,39 +202,49 @@ def _launch(
         address(x.seqused_q),
         address(x.seqused_k),
         address(x.page_table),
-        0 if ragged_q else x.q.shape[1],
-        0 if ragged_k or paged else x.k.shape[1],
+    )
+
+
+def _bounds(plan: Plan, x: Inputs) -> tuple[int, ...]:
+    """`sq_capacity` to `tiles_per_sequence`."""
+    ragged_k = x.cu_seqlens_k is not None or x.page_table is not None
+    return (
+        0 if x.cu_seqlens_q is not None else x.q.shape[1],
+        0 if ragged_k else x.k.shape[1],
         x.batch,
         plan.tiles_per_sequence,
-        plan.fold,
-        x.q.shape[-2] // x.k.shape[-2],
-        *q_strides,
-        *k_strides,
-        *v_strides,
-        *out_strides,
-        *lse_strides,
-        x.page_table.stride(0) if x.page_table is not None else 0,
-        page_size,
-        *division(page_size),
+    )
+
+
+def _input_strides(x: Inputs) -> tuple[int, ...]:
+    """`q_stride_b` to `v_stride_h`. A paged cache's lengths may come as offsets, where a ragged cache's stand."""
+    ragged_k = x.cu_seqlens_k is not None and x.page_table is None
+    strides: list[int] = []
+    for t, ragged in ((x.q, x.cu_seqlens_q is not None), (x.k, ragged_k), (x.v, ragged_k)):
+        strides += (0, t.stride(0), t.stride(1)) if ragged else t.stride()[:3]
+    return tuple(strides)
+
+
+def _pages(x: Inputs) -> tuple[int, ...]:
+    """`table_stride` to `page_shift`."""
+    page_size = x.k.shape[1] if x.page_table is not None else 1
+    return (x.page_table.stride(0) if x.page_table is not None else 0, page_size, *division(page_size))
+
+
+def _band(x: Inputs) -> tuple[int, int, int]:
+    """`window_left`, `window_right` and `bottom_right`."""
+    return (
         OPEN_SIDE if x.window_left < 0 else min(x.window_left, OPEN_SIDE),
         OPEN_SIDE if x.window_right < 0 else min(x.window_right, OPEN_SIDE),
         int(x.bottom_right),
-        -1.0 if x.scale < 0 else 1.0,
-        abs(scale) * math.log2(math.e),
-        softcap_scale,
-        x.attention_chunk or OPEN_SIDE,
-        x.tokens_per_split,
-        *_feature_arguments(x),
     )
-    variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    if plan.kernel == "decode":
-        grid: tuple[int, ...] = (plan.tiles, plan.head_units, plan.num_splits)
-        launch(decode_kernel, grid, arguments, variant, options, x.q.device)
-    else:
-        if plan.use_tma:
-            triton.set_allocator(_allocate_descriptors)
-        launch(prefill_kernel, (plan.tiles, plan.head_units), arguments, variant, options, x.q.device)
+
+
+def _scales(x: Inputs) -> tuple[float, float, float]:
+    """`sign`, `scale_log2` and `softcap_scale`."""
+    # tanh bounds the scores before the exponential: its factor takes the scale's place.
+    scale, softcap_scale = (x.softcap, abs(x.scale) / x.softcap) if x.softcap > 0 else (x.scale, 0.0)
+    return -1.0 if x.scale < 0 else 1.0, abs(scale) * math.log2(math.e), softcap_scale
 
 
 def _feature_arguments(x: Inputs) -> tuple[int, ...]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import heapq
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+
+import torch
 
 from headfold.planner import Device, Plan
-from headfold.planner.cost import FIXUP, FIXUP_PER_SPLIT, LAUNCH, START_BLOCKS, rates_of
-from headfold.planner.work import key_span
+from headfold.planner.cost import LAUNCH, START_BLOCKS, fixup_seconds, rates_of
+from headfold.planner.schedule import count_blocks, shares, tile_keys
 from headfold.problem import Problem
 
 MOST_PROGRAMS = 20_000  # more bars than that are no picture any more
@@ -19,7 +21,10 @@ MOST_PROGRAMS = 20_000  # more bars than that are no picture any more
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One program: keys low to high (half-open) of a sequence, for one head unit and one tile of its rows."""
+    """Keys low to high (half-open) of a sequence, for one head unit and one tile of its rows, read by program `number`.
+
+    A program of a stream reads several such runs, one after the other; `split` is its range.
+    """
 
     number: int
     sequence: int
@@ -37,7 +42,8 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A program in time: in which slot of the device, from when, when its pipeline is full, and until when (us)."""
+    """A program's keys of one sequence in time: in which slot of the device, from when, when its pipeline is full, and
+    until when (us)."""
 
     program: Program
     slot: int
@@ -100,66 +106,100 @@ def schedule_of(problem: Problem, plan: Plan, device: Device, lengths: Sequence[
     rates = rates_of(plan, device)
     per_key = (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
     start = START_BLOCKS * plan.block_n * per_key
-    fixup = FIXUP + FIXUP_PER_SPLIT * plan.num_splits if plan.num_splits > 1 else 0.0
-    runs = _simulated(
-        list(_rectangular(problem, plan, lengths)), rates.slots, rates.all, rates.lone, start, per_key
-    )
+    order = _stream if plan.ranges else _rectangular
+    programs = [list(group) for _, group in groupby(order(problem, plan, lengths), lambda p: p.number)]
+    runs = _simulated(programs, rates.slots, rates.all, rates.lone, start, per_key)
+    fixup = fixup_seconds(problem, plan)
     return Schedule(tuple(runs), rates.slots, LAUNCH * 1e6, fixup * 1e6)
 
 
 def _rectangular(problem: Problem, plan: Plan, lengths: Sequence[int]) -> Iterator[Program]:
-    """Tiles x head units x splits in launch order: every split of a tile has an equal share of its blocks."""
+    """Sequences x splits x tiles x head units in launch order: every split of a tile has an equal share of its blocks."""
     per_sequence = plan.tiles_per_sequence or -(-problem.max_seqlen_q * plan.fold // plan.block_m)
     number = 0
-    for split in range(plan.num_splits):
-        for unit in range(plan.head_units):
-            for sequence, length in enumerate(lengths):
-                for tile in range(per_sequence):
-                    low, high = _keys_of_tile(problem, plan, length, tile)
-                    blocks = -(-max(0, high - low) // plan.block_n)
-                    share = -(-blocks // plan.num_splits) * plan.block_n
-                    first = low + split * share
-                    if problem.tokens_per_split:
-                        share, first = problem.tokens_per_split, split * problem.tokens_per_split
-                    last = min(first + share, high)
-                    first = min(max(first, low), last)
+    for sequence, length in enumerate(lengths):
+        for split in range(plan.num_splits):
+            for tile in range(per_sequence):
+                low, high = tile_keys(problem, plan.fold, plan.block_m, length, tile)
+                if plan.extent:
+                    extent = low // plan.extent + split
+                    first, last = extent * plan.extent, (extent + 1) * plan.extent
+                else:
+                    share, longer = divmod(-(-max(0, high - low) // plan.block_n), plan.num_splits)
+                    begin = split * share + min(split, longer)
+                    first = low + begin * plan.block_n
+                    last = first + (share + (split < longer)) * plan.block_n
+                last = max(low, min(last, high))
+                first = min(max(first, low), last)
+                for unit in range(plan.head_units):
                     yield Program(number, sequence, tile, unit, split, first, last)
                     number += 1
 
 
-def _keys_of_tile(problem: Problem, plan: Plan, length: int, tile: int) -> tuple[int, int]:
-    """The keys that a tile's rows see in a sequence of that many keys."""
-    first = tile * plan.block_m // plan.fold
-    last = min((tile + 1) * plan.block_m - 1, problem.max_seqlen_q * plan.fold - 1) // plan.fold
-    low, high = key_span(dataclasses.replace(problem, max_seqlen_k=length), first, last)
-    if problem.attention_chunk:
-        at = max(0, first + (length - problem.max_seqlen_q if problem.bottom_right else 0))
-        low = max(low, at // problem.attention_chunk * problem.attention_chunk)
-    return min(low, high), high
+def _stream(problem: Problem, plan: Plan, lengths: Sequence[int]) -> Iterator[Program]:
+    """Ranges x tiles x head units in launch order: what each range owns of the list of sequences."""
+    extent_blocks = -(-plan.extent // plan.block_n)
+    owned: list[tuple[list[tuple[int, int]], list[list[int]], list[list[int]]]] = []
+    for tile in range(plan.tiles_per_sequence):
+        spans = [tile_keys(problem, plan.fold, plan.block_m, length, tile) for length in lengths]
+        lows, highs = torch.tensor(spans).T
+        blocks = count_blocks(lows, highs, plan.block_n, plan.extent)
+        begin, end = shares(blocks, plan.ranges, plan.gap, extent_blocks)
+        owned.append((spans, begin.tolist(), end.tolist()))
+    number = 0
+    for r in range(plan.ranges):
+        for tile, (spans, begins, ends) in enumerate(owned):
+            mine = []
+            for sequence, (low, high) in enumerate(spans):
+                first, last = (
+                    _key_of(plan, low, block) for block in (begins[r][sequence], ends[r][sequence])
+                )
+                if begins[r][sequence] < ends[r][sequence]:
+                    mine.append((sequence, max(low, first), min(last, high)))
+            for unit in range(plan.head_units):
+                for sequence, first, last in mine or [(0, 0, 0)]:
+                    yield Program(number, sequence, tile, unit, r, first, last)
+                number += 1
+
+
+def _key_of(plan: Plan, low: int, block: int) -> int:
+    """Where a block of a tile begins that sees keys from `low` on."""
+    if not plan.extent:
+        return low + block * plan.block_n
+    extents, rest = divmod(block, -(-plan.extent // plan.block_n))
+    return (low // plan.extent + extents) * plan.extent + rest * plan.block_n
 
 
 def _simulated(
-    programs: list[Program], slots: int, bandwidth: float, most: float, start: float, per_key: int
+    programs: list[list[Program]], slots: int, bandwidth: float, most: float, start: float, per_key: int
 ) -> list[Run]:
     """Runs of the programs. All that run read at the same rate, so each ends when that many bytes have gone by.
 
-    `start` is a program's start in bytes, `bandwidth` and `most` are bytes/s of all and at most of one.
+    Each program is the list of its runs. `start` is a run's start in bytes, `bandwidth` and `most` are bytes/s of all
+    and at most of one.
     """
     waiting, free = deque(programs), list(range(slots))
-    running: list[tuple[float, int, Program, float]] = []  # (end, slot, program, start), in bytes gone by
+    # (end, slot, run number, program, start), in bytes gone by
+    running: list[tuple[float, int, int, list[Program], float]] = []
     ended: list[tuple[int, Program, float, float]] = []
     marks, now, gone = [(0.0, LAUNCH)], LAUNCH, 0.0  # bytes gone by, and when
+
+    def begin(program: list[Program], i: int, slot: int) -> None:
+        work = start + program[i].keys * per_key if program[i].keys else 0.0
+        heapq.heappush(running, (gone + work, slot, i, program, gone))
+
     while waiting or running:
         while waiting and free:
-            program = waiting.popleft()
-            work = start + program.keys * per_key if program.keys else 0.0
-            heapq.heappush(running, (gone + work, heapq.heappop(free), program, gone))
+            begin(waiting.popleft(), 0, heapq.heappop(free))
         rate = min(most, bandwidth / len(running))
-        end, slot, program, began = heapq.heappop(running)
+        end, slot, i, program, began = heapq.heappop(running)
         now, gone = now + (end - gone) / rate, end
         marks.append((gone, now))
-        ended.append((slot, program, began, end))
-        heapq.heappush(free, slot)
+        ended.append((slot, program[i], began, end))
+        if i + 1 < len(program):
+            begin(program, i + 1, slot)
+        else:
+            heapq.heappush(free, slot)
 
     def at(mark: float) -> float:
         """Microseconds at which so many bytes had gone by."""
@@ -168,4 +208,4 @@ def _simulated(
         return 1e6 * (since + (until - since) * ((mark - a) / (b - a) if b > a else 1.0))
 
     runs = [Run(p, slot, at(x), at(min(x + start, y)), at(y)) for slot, p, x, y in ended]
-    return sorted(runs, key=lambda r: r.program.number)
+    return sorted(runs, key=lambda r: (r.program.number, r.start_us))

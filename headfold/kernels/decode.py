@@ -1,6 +1,7 @@
-"""Split-KV attention for few queries: one program runs one split of one tile of one head unit.
+"""Attention for few queries: the keys are shared out among programs, and what they find is merged.
 
-With several splits the states go to a workspace, and `fixup.py` merges them; with one the result is final.
+A program computes its share itself, from the lengths on the device: see parts/schedule.py. The states of tiles that
+several programs share are merged by merge.py.
 """
 
 import triton
@@ -8,21 +9,22 @@ import triton.language as tl
 
 from headfold.kernels.parts.address import aligned, load_float, load_index, pointer
 from headfold.kernels.parts.attend import attend
-from headfold.kernels.parts.fold import fold_rows
-from headfold.kernels.parts.spans import sequence_span, visible_keys
-from headfold.kernels.parts.tile import (
-    empty_state,
-    finish_state,
-    load_queries,
-    locate,
-    slopes_of,
-    store_result,
-    tile_keys,
+from headfold.kernels.parts.division import divide
+from headfold.kernels.parts.schedule import (
+    count_blocks,
+    find_position,
+    list_length,
+    look_up,
+    nearest_extent,
+    range_start,
 )
-from headfold.kernels.specialize import ARGUMENTS
+from headfold.kernels.parts.spans import find_sequence, visible_keys
+from headfold.kernels.parts.states import store_state
+from headfold.kernels.parts.tile import empty_state, finish_state, load_queries, slopes_of, store_result
+from headfold.kernels.specialize import DECODE_ARGUMENTS
 
 
-@triton.jit(do_not_specialize=ARGUMENTS)
+@triton.jit(do_not_specialize=DECODE_ARGUMENTS)
 def decode_kernel(
     Q: tl.int64,
     K: tl.int64,
@@ -38,8 +40,28 @@ def decode_kernel(
     sk_capacity: tl.int32,
     batch: tl.int32,
     tiles_per_sequence: tl.int32,
+    units: tl.int32,
+    units_magic: tl.uint32,
+    units_shift: tl.uint32,
+    lanes: tl.int32,
+    lanes_magic: tl.uint32,
+    lanes_shift: tl.uint32,
+    splits: tl.int32,
+    splits_magic: tl.uint32,
+    splits_shift: tl.uint32,
+    ranges: tl.int32,
+    gap: tl.int32,
+    extent: tl.int32,
+    extent_blocks: tl.int32,
+    states: tl.int64,
+    state_lses: tl.int64,
+    state_width: tl.int32,
+    state_rows: tl.int32,
     fold: tl.int32,
-    group: tl.int32,
+    fold_magic: tl.uint32,
+    fold_shift: tl.uint32,
+    group_magic: tl.uint32,
+    group_shift: tl.uint32,
     q_stride_b: tl.int64,
     q_stride_s: tl.int64,
     q_stride_h: tl.int64,
@@ -49,11 +71,9 @@ def decode_kernel(
     v_stride_b: tl.int64,
     v_stride_s: tl.int64,
     v_stride_h: tl.int64,
-    out_stride_split: tl.int64,
     out_stride_b: tl.int64,
     out_stride_s: tl.int64,
     out_stride_h: tl.int64,
-    lse_stride_split: tl.int64,
     lse_stride_b: tl.int64,
     lse_stride_s: tl.int64,
     lse_stride_h: tl.int64,
@@ -68,7 +88,6 @@ def decode_kernel(
     scale_log2: tl.float32,
     softcap_scale: tl.float32,
     chunk: tl.int32,
-    tokens_per_split: tl.int32,
     sink: tl.int64,
     sink_kind: tl.int32,
     slopes: tl.int64,
@@ -110,143 +129,233 @@ def decode_kernel(
     TENSORS: tl.constexpr,
     ROTARY: tl.constexpr,
     WIDE: tl.constexpr,
+    STREAM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Grid: (tiles, head units, splits). Lengths are read here, so a captured graph may change them.
+    """Grid: one program for each lane of each range. Lengths are read here, so a captured graph may change them.
 
-    Tensors come as addresses, 0 for one that was not given, their elements' kinds as address.py names them. A split is
-    an equal share of the tile's blocks, or with tokens_per_split > 0 the keys from split * tokens_per_split on: then
-    it does not depend on the other sequences of the batch. Out is float32 where there are several splits.
+    A lane is one tile of one head unit; with tiles_per_sequence 0 tiles are packed and found by bisection, and a lane is
+    a head unit. Tensors come as addresses, 0 for one that was not given, their elements' kinds as address.py names them.
+
+    What is shared out: without STREAM, or with ranges 0, range r is split r % splits of sequence (or packed tile)
+    r // splits, an equal share of the blocks that the tile sees. With STREAM the list of all sequences is cut into
+    `ranges`, see schedule.py. With extent > 0 keys are cut at multiples of extent alone, and each extent has a state
+    of its own: a sequence's result does not depend on who computes it, nor on the other sequences.
+
+    A tile that one program computes whole is stored to Out. Else every program stores a state, and merge_kernel, which
+    may start EARLY, while this kernel runs, merges them in the order of their keys.
 
     FEATURED knows softcap, sinks, chunks, ALiBi and cache rows, TENSORS masks and trees too, ROTARY turns q: all by
     arguments, each at the price of a branch. WIDE is the element size of a mask that is known to allow wide loads, or 0.
     """
-    unit = tl.program_id(1)
-    split = tl.program_id(2)
-    seq, tile = locate(tl.program_id(0), tiles_per_sequence, cu_seqlens_q, batch, fold, BLOCK_M)
-    q_first, sq = sequence_span(seq, cu_seqlens_q, seqused_q, sq_capacity)
-    k_first, sk = sequence_span(seq, cu_seqlens_k, seqused_k, sk_capacity)
-    pad = 0
-    cache_row = seq
-    angle = 0
-    if FEATURED:
-        pad = load_index(cache_leftpad, seq, 0)
-        cache_row = load_index(cache_batch_idx, seq, seq)
-    if ROTARY:
-        angle = load_index(rotary_positions, seq, 0)
-    first_row = tile * BLOCK_M
-    if first_row >= sq * fold:
-        return
-    sk = tl.maximum(sk - pad, 0)
-    row, position, head = fold_rows(first_row, fold, BLOCK_M)
-    live = row < sq * fold
-    head = unit * fold + head
-    where = position.to(tl.int64)
-    q_strides = (aligned(q_stride_b, ALIGN), aligned(q_stride_s, ALIGN), aligned(q_stride_h, ALIGN))
-    queries = load_queries(
-        pointer(Q, ELEMENT, ALIGN) + (seq.to(tl.int64) * q_strides[0] + q_first.to(tl.int64) * q_strides[1]),
-        where * q_strides[1] + head.to(tl.int64) * q_strides[2],
-        live,
-        sign,
-        angle + position * rotary_advances,
-        (
-            rotary_cos,
-            rotary_sin,
-            rotary_kind,
-            cos_stride,
-            sin_stride,
-            max_positions,
-            rotary_dim,
-            rotary_interleaved,
-        ),
-        HEAD_DIM,
-        D0,
-        D1,
-        ROTARY,
-    )
-    kv_head = (unit * fold // group).to(tl.int64)
-    K_rows = pointer(K, ELEMENT, ALIGN) + kv_head * aligned(k_stride_h, ALIGN)
-    V_rows = pointer(V, ELEMENT, ALIGN) + kv_head * aligned(v_stride_h, ALIGN)
-    table = pointer(page_table, tl.int32, 1)
-    if PAGED:
-        table += cache_row.to(tl.int64) * table_stride
-    else:
-        first_key = (k_first + pad).to(tl.int64)
-        K_rows += cache_row.to(tl.int64) * aligned(k_stride_b, ALIGN) + first_key * aligned(k_stride_s, ALIGN)
-        V_rows += cache_row.to(tl.int64) * aligned(v_stride_b, ALIGN) + first_key * aligned(v_stride_s, ALIGN)
-    shift = (sk - sq) * bottom_right
-    key_low, key_high, full_low, full_high = tile_keys(
-        first_row, sq, sk, fold, shift, window_left, window_right, chunk, BLOCK_M, FEATURED
-    )
-    row_low, row_high = visible_keys(position, shift, window_left, window_right, chunk, sk, FEATURED)
-    row_slopes = 0.0
-    sinks = 0.0
-    if FEATURED:
-        # Here, that the loop hides its latency.
-        sinks = load_float(sink, sink_kind, head, live & (sink != 0))
-        row_slopes = slopes_of(slopes, seq * slopes_stride_b + head, live)
-    row_masks = 0
-    row_trees = 0
-    if TENSORS:
-        row_masks = where * mask_stride_q + head.to(tl.int64) * mask_stride_h + seq * mask_stride_b
-        row_trees = where * tree_stride_q + seq * tree_stride_b
-    blocks = tl.maximum(tl.cdiv(key_high - key_low, BLOCK_N), 0)
-    share = tl.cdiv(blocks, tl.num_programs(2)) * BLOCK_N
-    start = key_low + split * share
-    if tokens_per_split > 0:
-        share = tokens_per_split
-        start = split * share
-    split_high = tl.minimum(start + share, key_high)
-    split_low = tl.minimum(tl.maximum(start, key_low), split_high)
-    row_high = tl.minimum(row_high, split_high)
-    # Every block is masked: memory sets the pace here, and one loop keeps the program small.
-    state = empty_state(BLOCK_M, DV0, DV1)
-    state = attend(
-        state,
-        queries,
-        K_rows,
-        V_rows,
-        None,
-        None,
-        table,
-        0,
-        tl.cdiv(split_high - split_low, BLOCK_N),
-        split_low,
-        split_high,
-        row_low,
-        row_high,
-        position + shift,
-        (sq, sk),
-        live,
-        (k_stride_b, k_stride_s),
-        (v_stride_b, v_stride_s),
-        (page_size, page_magic, page_shift, pad),
-        (scale_log2, softcap_scale),
-        (slopes, row_slopes),
-        (mask, mask_kind, mask_wide, mask_stride_k, row_masks),
-        (tree, row_trees),
-        HEAD_DIM,
-        HEAD_DIM_V,
-        D0,
-        D1,
-        DV0,
-        DV1,
-        BLOCK_N,
-        PAGED,
-        ALIGN,
-        FEATURED,
-        TENSORS,
-        WIDE,
-        True,
-        False,
-    )
-    out0, out1, lse = finish_state(state, scale_log2, tl.where(split == 0, sink, 0), sinks, FEATURED)
-    out_rows = split * aligned(out_stride_split, ALIGN) + seq * aligned(out_stride_b, ALIGN)
-    out_rows += (q_first + where) * aligned(out_stride_s, ALIGN) + head * aligned(out_stride_h, ALIGN)
-    if tl.num_programs(2) > 1:
-        store_result(pointer(Out, tl.float32, ALIGN), out_rows, live, out0, out1, HEAD_DIM_V, DV0, DV1)
-    else:
-        store_result(pointer(Out, ELEMENT, ALIGN), out_rows, live, out0, out1, HEAD_DIM_V, DV0, DV1)
-    lse_rows = (
-        split * lse_stride_split + seq * lse_stride_b + (q_first + where) * lse_stride_s + head * lse_stride_h
-    )
-    tl.store(pointer(Lse, tl.float32, 1) + lse_rows, lse, mask=live)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    r = divide(tl.program_id(0), (lanes_magic, lanes_shift))
+    lane = tl.program_id(0) - r * lanes
+    lane_tile = divide(lane, (units_magic, units_shift))
+    unit = lane - lane_tile * units
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad, sq_capacity, sk_capacity)
+    band = (bottom_right, window_left, window_right, chunk)
+    extents = (extent, extent_blocks)
+    by_fold = (fold_magic, fold_shift)
+    item = divide(r, (splits_magic, splits_shift))
+    part = r - item * splits
+    x = 0
+    x_end = 1
+    start = 0
+    quotient = 0
+    rest = 0
+    if STREAM:
+        if ranges > 0:
+            first_row = lane_tile * BLOCK_M
+            total, gap = list_length(
+                first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED
+            )
+            quotient = total // ranges
+            rest = total - quotient * ranges
+            x = range_start(r, quotient, rest)
+            x_end = range_start(r + 1, quotient, rest)
+            if x < x_end:
+                item, start = find_position(
+                    x, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED
+                )
+    kv_head = divide(unit * fold, (group_magic, group_shift)).to(tl.int64)
+    while x < x_end:
+        seq = item
+        tile = lane_tile
+        if tiles_per_sequence == 0:
+            seq, tile = find_sequence(item, cu_seqlens_q, batch, fold, BLOCK_M)
+        first_row = tile * BLOCK_M
+        q_first, sq, k_first, pad, sk, shift, key_low, key_high = look_up(
+            seq, first_row, lengths, fold, band, BLOCK_M, FEATURED
+        )
+        blocks = 0
+        if first_row < sq * fold:
+            blocks = count_blocks(key_low, key_high, extent, extent_blocks, BLOCK_N)
+        own_state = r
+        n = tl.minimum(splits, blocks)
+        share = divide(blocks, (splits_magic, splits_shift))
+        longer = blocks - share * splits
+        begin = part * share + tl.minimum(part, longer)
+        end = begin + share + (part < longer).to(tl.int32)
+        next_start = 1
+        pieces = 1
+        if extent > 0:
+            n = tl.cdiv(blocks, extent_blocks)
+            begin = tl.minimum(part * extent_blocks, blocks)
+            end = tl.minimum(begin + extent_blocks, blocks)
+        if STREAM:
+            if ranges > 0:
+                next_start = start + blocks + tl.where(blocks > 0, gap, 0)
+                begin = tl.minimum(x - start, blocks)
+                end = tl.minimum(tl.minimum(x_end, next_start) - start, blocks)
+                if extent > 0:
+                    begin = nearest_extent(begin, blocks, extent_blocks)
+                    end = nearest_extent(end, blocks, extent_blocks)
+                    pieces = tl.cdiv(end - begin, extent_blocks)
+                    own_state = item * splits + begin // extent_blocks
+                else:
+                    n = tl.where((begin == 0) & (end == blocks), 1, 2)
+                    own_state = 2 * r + (begin == 0).to(tl.int32)
+        if begin < end:
+            cache_row = seq
+            angle = 0
+            if FEATURED:
+                cache_row = load_index(cache_batch_idx, seq, seq)
+            if ROTARY:
+                angle = load_index(rotary_positions, seq, 0)
+            row = first_row + tl.arange(0, BLOCK_M)
+            position = divide(row, by_fold)
+            live = row < sq * fold
+            head = unit * fold + row - position * fold
+            where = position.to(tl.int64)
+            q_strides = (aligned(q_stride_b, ALIGN), aligned(q_stride_s, ALIGN), aligned(q_stride_h, ALIGN))
+            queries = load_queries(
+                pointer(Q, ELEMENT, ALIGN)
+                + (seq.to(tl.int64) * q_strides[0] + q_first.to(tl.int64) * q_strides[1]),
+                where * q_strides[1] + head.to(tl.int64) * q_strides[2],
+                live,
+                sign,
+                angle + position * rotary_advances,
+                (
+                    rotary_cos,
+                    rotary_sin,
+                    rotary_kind,
+                    cos_stride,
+                    sin_stride,
+                    max_positions,
+                    rotary_dim,
+                    rotary_interleaved,
+                ),
+                HEAD_DIM,
+                D0,
+                D1,
+                ROTARY,
+            )
+            K_rows = pointer(K, ELEMENT, ALIGN) + kv_head * aligned(k_stride_h, ALIGN)
+            V_rows = pointer(V, ELEMENT, ALIGN) + kv_head * aligned(v_stride_h, ALIGN)
+            table = pointer(page_table, tl.int32, 1)
+            if PAGED:
+                table += cache_row.to(tl.int64) * table_stride
+            else:
+                first_key = (k_first + pad).to(tl.int64)
+                K_rows += cache_row.to(tl.int64) * aligned(k_stride_b, ALIGN) + first_key * aligned(
+                    k_stride_s, ALIGN
+                )
+                V_rows += cache_row.to(tl.int64) * aligned(v_stride_b, ALIGN) + first_key * aligned(
+                    v_stride_s, ALIGN
+                )
+            row_low, row_high = visible_keys(position, shift, window_left, window_right, chunk, sk, FEATURED)
+            row_slopes = 0.0
+            sinks = 0.0
+            if FEATURED:
+                # Here, that the loop hides its latency.
+                sinks = load_float(sink, sink_kind, head, live & (sink != 0))
+                row_slopes = slopes_of(slopes, seq * slopes_stride_b + head, live)
+            row_masks = 0
+            row_trees = 0
+            if TENSORS:
+                row_masks = where * mask_stride_q + head.to(tl.int64) * mask_stride_h + seq * mask_stride_b
+                row_trees = where * tree_stride_q + seq * tree_stride_b
+            out_at = pointer(Out, ELEMENT, ALIGN) + (
+                seq.to(tl.int64) * aligned(out_stride_b, ALIGN)
+                + q_first.to(tl.int64) * aligned(out_stride_s, ALIGN)
+            )
+            lse_at = pointer(Lse, tl.float32, 1) + (
+                seq.to(tl.int64) * lse_stride_b + q_first.to(tl.int64) * lse_stride_s
+            )
+            for piece in range(pieces):
+                low = key_low + begin * BLOCK_N
+                high = tl.minimum(key_low + end * BLOCK_N, key_high)
+                if extent > 0:
+                    first_extent = key_low // extent + begin // extent_blocks + piece
+                    low = tl.minimum(tl.maximum(first_extent * extent, key_low), key_high)
+                    high = tl.minimum((first_extent + 1) * extent, key_high)
+                # Every block is masked: memory sets the pace here, and one loop keeps the program small.
+                state = empty_state(BLOCK_M, DV0, DV1)
+                state = attend(
+                    state,
+                    queries,
+                    K_rows,
+                    V_rows,
+                    None,
+                    None,
+                    table,
+                    0,
+                    tl.cdiv(high - low, BLOCK_N),
+                    low,
+                    high,
+                    row_low,
+                    tl.minimum(row_high, high),
+                    position + shift,
+                    (sq, sk),
+                    live,
+                    (k_stride_b, k_stride_s),
+                    (v_stride_b, v_stride_s),
+                    (page_size, page_magic, page_shift, pad),
+                    (scale_log2, softcap_scale),
+                    (slopes, row_slopes),
+                    (mask, mask_kind, mask_wide, mask_stride_k, row_masks),
+                    (tree, row_trees),
+                    HEAD_DIM,
+                    HEAD_DIM_V,
+                    D0,
+                    D1,
+                    DV0,
+                    DV1,
+                    BLOCK_N,
+                    PAGED,
+                    ALIGN,
+                    FEATURED,
+                    TENSORS,
+                    WIDE,
+                    True,
+                    False,
+                )
+                has_sink = tl.where((begin == 0) & (piece == 0), sink, 0)
+                out0, out1, lse = finish_state(state, scale_log2, has_sink, sinks, FEATURED)
+                if n == 1:
+                    out_rows = where * aligned(out_stride_s, ALIGN) + head.to(tl.int64) * aligned(
+                        out_stride_h, ALIGN
+                    )
+                    store_result(out_at, out_rows, live, out0, out1, HEAD_DIM_V, DV0, DV1)
+                    tl.store(lse_at + where * lse_stride_s + head.to(tl.int64) * lse_stride_h, lse, mask=live)
+                else:
+                    store_state(
+                        states,
+                        state_lses,
+                        (own_state + piece) * lanes + lane,
+                        live,
+                        out0,
+                        out1,
+                        lse,
+                        state_width,
+                        state_rows,
+                        BLOCK_M,
+                        HEAD_DIM_V,
+                        DV0,
+                        DV1,
+                    )
+        x = next_start
+        start = next_start
+        item += 1

@@ -12,6 +12,18 @@ ARGUMENTS = (
     "tree_stride_q cache_batch_idx cache_leftpad rotary_cos rotary_sin rotary_kind rotary_dim "
     "rotary_interleaved rotary_positions cos_stride sin_stride max_positions rotary_advances"
 ).split()
+_OWN = (
+    "units units_magic units_shift lanes lanes_magic lanes_shift splits splits_magic splits_shift ranges gap extent "
+    "extent_blocks states state_lses state_width state_rows fold_magic fold_shift group_magic group_shift"
+).split()
+_NOT_OWN = {"group", "out_stride_split", "lse_stride_split", "tokens_per_split"}
+DECODE_ARGUMENTS = [name for name in ARGUMENTS if name not in _NOT_OWN] + _OWN
+MERGE_ARGUMENTS = (
+    "Out Lse cu_seqlens_q cu_seqlens_k seqused_q seqused_k cache_leftpad sq_capacity sk_capacity batch "
+    "tiles_per_sequence units units_magic units_shift lanes lanes_magic lanes_shift splits ranges gap extent "
+    "extent_blocks states state_lses state_width state_rows fold fold_magic fold_shift out_stride_b out_stride_s out_stride_h "
+    "lse_stride_b lse_stride_s lse_stride_h window_left window_right bottom_right chunk"
+).split()
 FIXUP_INTEGERS = (
     "num_splits rows heads batch po_stride_split po_stride_b po_stride_s po_stride_h "
     "pl_stride_split pl_stride_b pl_stride_s pl_stride_h out_stride_b out_stride_s out_stride_h "

@@ -51,11 +51,18 @@ def predicted_seconds(problem: Problem, plan: Plan, device: Device) -> float:
     if plan.kernel != "decode":
         raise NoPrediction("no predicted time: only decode is predicted, which is bound by memory")
     rates = rates_of(plan, device)
-    loop = _ragged_loop if _is_ragged(problem) else _even_loop
+    loop = _stream_loop if plan.ranges else _ragged_loop if _is_ragged(problem) else _even_loop
     seconds = LAUNCH + loop(problem, plan, rates) * (PAGED if problem.kv_layout == "paged" else 1.0)
-    if plan.num_splits > 1:
-        seconds += FIXUP + FIXUP_PER_SPLIT * plan.num_splits
-    return seconds
+    return seconds + fixup_seconds(problem, plan)
+
+
+def fixup_seconds(problem: Problem, plan: Plan) -> float:
+    """What the merge of a plan's states adds, with as many states a tile as it has programs."""
+    if plan.ranges:
+        states = plan.num_splits if plan.extent else -(-plan.ranges // problem.batch) + 1
+    else:
+        states = plan.num_splits
+    return FIXUP + FIXUP_PER_SPLIT * states if states > 1 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,18 @@ def _ragged_loop(problem: Problem, plan: Plan, rates: Rates) -> float:
     raggedness = 1 - problem.total_k / (problem.batch * problem.max_seqlen_k)
     return (
         bytes_to_move(problem) / rates.all + _start(problem, plan, rates) + raggedness * longest / rates.lone
+    )
+
+
+def _stream_loop(problem: Problem, plan: Plan, rates: Rates) -> float:
+    """All bytes at full bandwidth, and the starts of the sequences that one range holds, one after the other."""
+    block = plan.block_n * (problem.head_dim + problem.head_dim_v) * problem.dtype.itemsize
+    starts = -(-problem.batch // plan.ranges) if _is_ragged(problem) else 1
+    all_of = min(rates.all, plan.programs * rates.lone)
+    return (
+        bytes_to_move(problem) / all_of
+        + _start(problem, plan, rates)
+        + plan.gap * block * (starts - 1) / rates.even
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from headfold.planner.device import Device
 from headfold.planner.hopper import plan_hopper
 from headfold.planner.plan import Plan
-from headfold.planner.tiles import Tile, decode_tile, padded, prefill_tile, shared_memory, split_dim
+from headfold.planner.tiles import Form, Tile, decode_tile, padded, prefill_tile, shared_memory, split_dim
 from headfold.planner.work import key_span
 from headfold.problem import MAX_SPLITS, Problem
 
@@ -19,6 +19,14 @@ FIXUP_COST = 2.0
 WAVE_COST = 1.05
 FULL_WAVES = 4
 FIXUP_COST_PER_SPLIT = 0.05
+# Blocks for each multiprocessor, at the tile of one wave, up to which smaller blocks are used: 32:8 b1 s1024 4.4 us with
+# 64 keys in 16 splits, 5.3 with 128 in 8 (loop alone, H200).
+FEW_BLOCKS = 0.75
+# What the start of a sequence costs in a stream, in blocks. 64 ragged sequences: 0 1.066 x read, 1 1.048, 2 1.043, 4 1.060;
+# in pages of 16: 1 1.092, 2 1.071, 3 1.067.
+GAP = {"stream": 2, "pages": 3}
+# The share of ranges that may be given up for even cuts: 16 sequences in 32 ranges of 33 1.07 x read, in 33 1.15.
+UNEVEN = 0.05
 
 
 def plan_gpu(p: Problem, device: Device) -> Plan:
@@ -28,52 +36,135 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
     units = p.num_heads // fold
     rows = p.max_seqlen_q * fold
     reasons = [fold_reason]
-    paged = p.kv_layout == "paged"
+    if rows > DECODE_ROWS and p.num_splits < 2 and not p.tokens_per_split:
+        whole = prefill_plan(p, device, fold, reasons)
+        if whole is not None:
+            return whole
     # A sequence whose splits are fixed must not get another tile for what else is in its batch.
-    decode_rows = fold if p.tokens_per_split else rows
-    tile = decode_tile(
-        decode_rows,
+    tile_rows = fold if p.tokens_per_split else rows
+    form, why = decode_form(p, device, fold, tile_rows)
+    tile = tile_of(p, device, form, tile_rows)
+    slots = usable * tile.resident
+    tiles, _, packed = count_tiles(p, fold, tile.rows)
+    blocks = span_blocks(p, tile.keys)
+    ranges = 0
+    if p.tokens_per_split:
+        splits = -(-p.max_seqlen_k // p.tokens_per_split)
+        reasons.append(f"{splits} splits a tile of {p.tokens_per_split} keys, as tokens_per_split asks")
+    elif p.num_splits:
+        splits = p.num_splits
+        reasons.append(f"{splits} split{'s' if splits > 1 else ''} a tile, forced by num_splits")
+    elif why or packed:
+        splits = choose_splits(tiles * units, blocks, slots)
+        over = f"over {blocks} block{'s' if blocks > 1 else ''}"
+        reasons.append(f"{splits} split{'s' if splits > 1 else ''} a tile, {over}")
+    else:
+        splits = 1
+    why = why or ("packed tiles search for their sequences" if packed else "")
+    if why:
+        reasons.append(f"every tile has equal shares: {why}")
+    else:
+        lanes = tiles // p.batch * units
+        ranges = choose_ranges(p.batch, lanes, blocks, slots)
+        reasons.append(
+            f"the list of {p.batch} sequences is cut on the device into {ranges} ranges of equal cost, {lanes} programs each"
+        )
+    return _plan(p, device, "decode", tile, fold, splits, reasons, ranges)
+
+
+def prefill_plan(p: Problem, device: Device, fold: int, reasons: list[str]) -> Plan | None:
+    """The plan of many rows that need no split of their keys, None where a split would fill the device better."""
+    usable = max(1, device.sms - p.sm_margin)
+    units, rows = p.num_heads // fold, p.max_seqlen_q * fold
+    tile = prefill_tile(
         p.head_dim,
         p.head_dim_v,
         p.dtype,
-        paged,
+        tma_possible(p) and not p.rotary,
+        device,
+        paged=p.kv_layout == "paged",
+        aligned=p.aligned,
+        tensor_mask=p.tensor_mask or p.rotary,
+    )
+    whole, _, _ = count_tiles(p, fold, tile.rows)
+    decode = tile_of(p, device, "wave", rows)
+    tiles, _, _ = count_tiles(p, fold, decode.rows)
+    idle = p.num_splits == 0 and whole * units < usable
+    if idle and choose_splits(tiles * units, span_blocks(p, decode.keys), usable) > 1:
+        reasons.append(f"{whole * units} tiles leave multiprocessors idle: keys are split instead")
+        return None
+    reasons.append(
+        f"{rows} folded rows a sequence fill {whole * units} tiles of {tile.rows}: no split needed"
+    )
+    hopper = plan_hopper(p, device, whole * units * tile.rows)
+    if isinstance(hopper, Plan):
+        return hopper
+    reasons.append(hopper)
+    return _plan(p, device, "prefill", tile, fold, 1, reasons)
+
+
+def tile_of(p: Problem, device: Device, form: Form, rows: int) -> Tile:
+    """The decode kernel's tile of a problem."""
+    return decode_tile(
+        rows,
+        p.head_dim,
+        p.head_dim_v,
+        p.dtype,
+        form,
         device,
         p.aligned,
+        featured=p.featured,
         tensor_mask=p.tensor_mask,
         rotary=p.rotary,
     )
-    tiles, _, _ = count_tiles(p, fold, tile.rows)
-    blocks = span_blocks(p, tile.keys)
-    splits = p.num_splits or choose_splits(tiles * units, blocks, usable)
-    if p.tokens_per_split:
-        splits = -(-p.max_seqlen_k // p.tokens_per_split)
-    elif rows > DECODE_ROWS and p.num_splits < 2:
-        prefill = prefill_tile(
-            p.head_dim,
-            p.head_dim_v,
-            p.dtype,
-            tma_possible(p) and not p.rotary,
-            device,
-            paged=paged,
-            aligned=p.aligned,
-            tensor_mask=p.tensor_mask or p.rotary,
-        )
-        whole, _, _ = count_tiles(p, fold, prefill.rows)
-        if splits == 1 or whole * units >= usable:
-            reasons.append(
-                f"{rows} folded rows a sequence fill {whole * units} tiles of {prefill.rows}: no split needed"
-            )
-            hopper = plan_hopper(p, device, whole * units * prefill.rows)
-            if isinstance(hopper, Plan):
-                return hopper
-            reasons.append(hopper)
-            return _plan(p, device, "prefill", prefill, fold, 1, reasons)
-        reasons.append(f"{whole * units} tiles leave multiprocessors idle: keys are split instead")
-    how = "forced by num_splits" if p.num_splits else f"over {blocks} block{'s' if blocks > 1 else ''}"
-    if p.tokens_per_split:
-        how = f"of {p.tokens_per_split} keys, as tokens_per_split asks"
-    reasons.append(f"{splits} split{'s' if splits > 1 else ''} a tile, {how}")
-    return _plan(p, device, "decode", tile, fold, splits, reasons)
+
+
+def decode_form(p: Problem, device: Device, fold: int, rows: int) -> tuple[Form, str]:
+    """(form of the tile, why the sequences are not streamed, empty where they are)."""
+    why = not_streamed(p)
+    if p.kv_layout == "paged":
+        return "pages", why
+    if not why or (p.tokens_per_split and not own_program(p)):
+        return "stream", why
+    one = tile_of(p, device, "wave", rows)
+    tiles = count_tiles(p, fold, one.rows)[0] * (p.num_heads // fold)
+    usable = max(1, device.sms - p.sm_margin)
+    if p.featured or own_program(p):
+        return "wave", why
+    if tiles * span_blocks(p, one.keys) <= FEW_BLOCKS * usable:
+        return "few", why
+    return "waves" if tiles > usable else "wave", why
+
+
+def own_program(p: Problem) -> bool:
+    """True for calls whose program, of which there are few, knows equal shares alone."""
+    return p.tensor_mask or p.rotary or not p.aligned
+
+
+def not_streamed(p: Problem) -> str:
+    """Why a decode's sequences get equal shares of programs, empty where their list is cut into equal ranges."""
+    if own_program(p):
+        return "masks, rotation and unaligned rows have programs that know nothing else"
+    if not p.tokens_per_split:
+        if p.num_splits:
+            return "so num_splits asks"
+        if not p.lengths_on_device:
+            return "the lengths are the same"
+        if p.batch == 1:
+            return "there is one sequence"
+    if p.batch * (p.max_seqlen_k // 16 + GAP["pages"]) >= 2**30:
+        return "the list of all blocks would not fit 32 bits"
+    return ""
+
+
+def choose_ranges(batch: int, lanes: int, blocks: int, slots: int) -> int:
+    """Ranges of the list of sequences: as many as the device holds at a time, none without a block.
+
+    Up to UNEVEN fewer where equal sequences then divide evenly: a cut through a sequence costs two states and a start.
+    """
+    most = max(1, min(slots // lanes, batch * blocks))
+    even = [n for n in range(most, int(most * (1 - UNEVEN)), -1) if n % batch == 0 or batch % n == 0]
+    return even[0] if even else most
 
 
 def choose_fold(p: Problem) -> tuple[int, str]:
@@ -158,9 +249,22 @@ def programs(p: Problem, kernel: str, tile: Tile) -> tuple[bool, bool, bool]:
 
 
 def _plan(
-    p: Problem, device: Device, kernel: str, tile: Tile, fold: int, splits: int, reasons: list[str]
+    p: Problem,
+    device: Device,
+    kernel: str,
+    tile: Tile,
+    fold: int,
+    splits: int,
+    reasons: list[str],
+    ranges: int = 0,
 ) -> Plan:
     tiles, per_sequence, search = count_tiles(p, fold, tile.rows)
+    lanes = p.num_heads // fold * max(1, per_sequence)
+    state_rows = min(tile.rows, p.max_seqlen_q * fold)
+    if p.tokens_per_split or not ranges:
+        states = tiles * (p.num_heads // fold) * splits if splits > 1 else 0
+    else:
+        states = 2 * ranges * lanes
     row_width = -(-p.head_dim_v // 8) * 8  # rows of the workspace stay 16-byte aligned
     if padded(p.head_dim) != p.head_dim:
         reasons.append(
@@ -169,9 +273,18 @@ def _plan(
     featured, tensor_mask, rotary = programs(p, kernel, tile)
     # A prefill's loop fetches such masks ahead; a decode, which waits for K and V, has no program to spare for it.
     wide_mask = p.wide_mask if kernel == "prefill" and p.wide_mask <= 2 and not rotary else 0
+    paged = p.kv_layout == "paged"
+    knows_stream = not own_program(p) and (paged or ranges > 0 or p.tokens_per_split > 0)
+    early = device.arch >= (9, 0)  # programmatic dependent launch
     return Plan(
         backend="triton",
         kernel=kernel,  # type: ignore[arg-type]
+        stream=kernel == "decode" and knows_stream,
+        ranges=ranges,
+        gap=GAP["pages" if paged else "stream"] if ranges else 0,
+        extent=p.tokens_per_split,
+        resident=tile.resident,
+        early=early and kernel == "decode",
         fold=fold,
         block_m=tile.rows,
         block_n=tile.keys,
@@ -186,12 +299,12 @@ def _plan(
         use_tma=tile.tma,
         search_tiles=search,
         aligned=p.aligned,
-        paged=p.kv_layout == "paged",
+        paged=paged,
         featured=featured,
         tensor_mask=tensor_mask,
         rotary=rotary,
         wide_mask=wide_mask,
-        workspace=splits * p.total_q * p.num_heads * (row_width + 1) * 4 if splits > 1 else 0,
+        workspace=states * state_rows * (row_width + 1) * 4,
         shared_memory=shared_memory(tile, p.head_dim, p.head_dim_v, p.dtype),
         reasons=tuple(reasons),
     )

@@ -36,6 +36,12 @@ class Plan:
     tiles: int = 0
     tiles_per_sequence: int = 0
     num_splits: int = 1
+    stream: bool = False
+    ranges: int = 0
+    gap: int = 0
+    extent: int = 0
+    resident: int = 1
+    early: bool = False
     num_warps: int = 4
     num_stages: int = 1
     d_parts: tuple[int, int] = (0, 0)
@@ -57,7 +63,14 @@ class Plan:
     @property
     def programs(self) -> int:
         """Programs that the main kernel launches."""
+        if self.ranges:
+            return self.ranges * self.lanes
         return self.tiles * self.head_units * self.num_splits
+
+    @property
+    def lanes(self) -> int:
+        """Programs of a range: every tile of a sequence for every head unit; packed tiles come one at a time."""
+        return self.head_units * max(1, self.tiles_per_sequence)
 
     @property
     def rows_paid(self) -> int:
@@ -108,16 +121,22 @@ class Plan:
                 f"{self.section} heads at a time"
             )
         else:
-            waves = -(-self.programs // device.sms)
-            busy = self.programs / (waves * device.sms)
+            slots = device.sms * self.resident
+            waves = -(-self.programs // slots)
+            busy = self.programs / (waves * slots)
             lines.append(
-                f"{self.programs} programs on {device.sms} multiprocessors: {waves} "
+                f"{self.programs} programs on {device.sms} multiprocessors"
+                + (f", {self.resident} on each" if self.resident > 1 else "")
+                + f": {waves} "
                 f"wave{'s' if waves > 1 else ''}, {1 - busy:.0%} of the last slots idle"
             )
-        if self.num_splits > 1:
+        if self.workspace:
+            states = f"{self.num_splits} states a row"
+            if self.ranges and not self.extent:
+                states = "states of the rows whose keys several ranges share"
             lines.append(
-                f"fixup: {self.num_splits} states a row through {self.workspace / 1e6:,.2f} MB of workspace "
-                f"({2 * self.workspace / bytes_moved:.1%} of the bytes, written and read once)"
+                f"fixup: {states} through {self.workspace / 1e6:,.2f} MB of workspace "
+                f"({2 * self.workspace / bytes_moved:.1%} of the bytes, written and read once at the most)"
             )
         else:
             lines.append("fixup: none, every tile is finished by one program")

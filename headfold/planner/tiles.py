@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -11,13 +12,17 @@ from headfold.planner.device import Device
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A launchable tile: `rows` folded rows, `keys` per block, warps, pipeline stages, TMA or pointer loads."""
+    """A launchable tile: `rows` folded rows, `keys` per block, warps, pipeline stages, TMA or pointer loads.
+
+    `resident` programs of it share a multiprocessor, or as many as its shared memory allows.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
     tma: bool = False
+    resident: int = 1
 
 
 def split_dim(d: int) -> tuple[int, int]:
@@ -59,33 +64,65 @@ def shared_memory(tile: Tile, d: int, dv: int, dtype: torch.dtype) -> int:
     return queries + buffers * block + indices + 8192
 
 
+# How a decode shares its keys out, as far as the tile depends on it: equal shares of contiguous keys in one wave of
+# programs, in many, or of few blocks; the stream of contiguous keys; pages.
+Form = Literal["wave", "waves", "few", "stream", "pages"]
+
+# (form, rows) -> (keys x head dimension of a block, warps, stages, programs a multiprocessor). On one H200, bf16, by
+# CUDA graphs; "x read" is the time of a pure read of the same bytes.
+MEASURED: dict[tuple[Form, int], tuple[int, int, int, int]] = {
+    # 64 KB of K and V a block, double-buffered: 32:8 d128 b16 s8192 1.023 x read (64 keys, 2 programs: 1.06), 64:8
+    # d64 1.04 with 256 keys (128: 1.13), 16:2 d256 b16 1.04 with 64 keys (32: 1.09).
+    ("wave", 16): (128 * 128, 4, 3, 1),
+    # 32:1 b16 s16384 in 8 splits: 1.15, with 64 keys 1.29.
+    ("wave", 32): (128 * 128, 4, 3, 1),
+    # As wgmma: 32:1 in such tiles 1.16, with 128 keys 1.19.
+    ("wave", 64): (64 * 128, 4, 3, 1),
+    # 32:8 b128 s2048 1.047, with 4 warps 1.07; 64 keys and two programs a multiprocessor 1.03 to 1.08, but 1.22 for b64 s8192.
+    ("waves", 16): (128 * 128, 8, 3, 1),
+    # 32:8 b1 s1024: the loop alone 4.4 us in 16 splits of 64 keys, 5.3 in 8 of 128.
+    ("few", 16): (64 * 128, 4, 3, 1),
+    # 64 sequences of 32:8 d128: 1.042, with 4 warps 1.050, with 64 keys and 2 programs 1.05 to 1.07.
+    ("stream", 16): (128 * 128, 8, 3, 1),
+    ("stream", 64): (64 * 128, 4, 3, 1),
+    # The look-up of pages takes two stages of the pipeline for itself. 64 sequences in pages of 16, 64, 1: 1.067, 1.070,
+    # 1.088; with 128 keys 1.16 to 1.21, and with 3 programs 1.29.
+    ("pages", 16): (64 * 128, 4, 5, 2),
+    ("pages", 64): (64 * 128, 8, 5, 1),
+}
+# d64 and d256 go their own way in the stream of equal sequences: 16:2 d256 b16 1.093 (32 keys, 2 programs: 1.13), 64:8 d64
+# b16 1.16 (256 keys, 1 program: 1.18).
+EXCEPTIONS: dict[tuple[Form, int, int], tuple[int, int, int, int]] = {
+    ("stream", 16, 64): (64 * 128, 4, 3, 2),
+}
+
+
 def decode_tile(
     rows: int,
     d: int,
     dv: int,
     dtype: torch.dtype,
-    paged: bool,
+    form: Form,
     device: Device,
     aligned: bool = True,
     *,
+    featured: bool = False,
     tensor_mask: bool = False,
     rotary: bool = False,
 ) -> Tile:
     """The tile of the decode kernel for `rows` folded rows of a sequence.
 
-    64 KB of K and V a block, double-buffered, is what keeps enough bytes in flight on an H200 at every head
-    dimension (95 to 99 % of the read ceiling in prototypes); smaller blocks where shared memory is short. Rows
-    that are not 16-byte aligned are loaded element by element through registers: larger blocks would spill. Rows that
-    are to be rotated run 16 at a time (at 64 they spill 1,400 bytes); unaligned rows and masks know no tile of 32, a
-    compiled program less each.
+    Rows that are not 16-byte aligned are loaded element by element through registers: larger blocks would spill. Rows
+    that are to be rotated run 16 at a time (at 64 they spill 1,400 bytes). Compiled programs are a budget: features,
+    unaligned rows, streams and pages know no tile of 32 rows.
     """
     wide = max(padded(d), padded(dv))
-    # The page look-up takes two stages of the pipeline for itself: with fewer the K/V copies are no longer
-    # double-buffered (+30 % measured on an H200).
-    stages = 5 if paged else 3
+    stages = 5 if form == "pages" else 3
     block_m = 16 if rotary else min(max(16, next_power_of_two(rows)), 64)
-    if block_m == 32 and (tensor_mask or not aligned):
+    if block_m == 32 and (featured or tensor_mask or not aligned or form in ("stream", "pages")):
         block_m = 64
+    if form in ("waves", "few") and block_m > 16:
+        form = "wave"
     if dtype == torch.float32:
         # Full float32 products run on the FMA units with their operands in registers: larger tiles spill.
         small = (
@@ -94,17 +131,23 @@ def decode_tile(
         tile = small if rows <= 16 or rotary else Tile(32, 16, 16, stages)
     elif not aligned:
         tile = Tile(block_m, 32, 8, stages)
+    elif block_m >= 32 and wide > 128:
+        tile = Tile(64, 64, 8, stages) if block_m == 64 else Tile(32, 32, 4, stages)
     else:
-        keys = min(256, next_power_of_two(32 * 1024 // (padded(d) + padded(dv)) + 1) // 2)
-        if block_m >= 32 and wide > 128:
-            tile = Tile(64, 64, 8, stages) if block_m == 64 else Tile(32, 32, 4, stages)
-        else:
-            tile = Tile(block_m, min(keys, 64) if block_m == 64 else keys, 4, stages)
+        size, warps, stages, resident = EXCEPTIONS.get((form, block_m, wide), MEASURED[form, block_m])
+        if form in ("stream", "waves") and (split_dim(d)[1] or split_dim(dv)[1]) and wide > 128:
+            warps = 4  # a head in two parts spills in the loop with 8 (d192)
+        # The largest power of two of keys that is not above the measured size of a block.
+        keys = min(256, next_power_of_two(2 * size // (padded(d) + padded(dv)) + 1) // 2)
+        keys = min(keys, 64) if block_m == 64 else keys
+        tile = Tile(block_m, keys, warps, stages, resident=resident)
     while shared_memory(tile, d, dv, dtype) > device.smem and tile.keys > 16:
         tile = replace(tile, keys=tile.keys // 2)
     while shared_memory(tile, d, dv, dtype) > device.smem and tile.rows > 16:
         tile = replace(tile, rows=tile.rows // 2, warps=max(4, tile.warps // 2))
-    return tile
+    return replace(
+        tile, resident=max(1, min(tile.resident, device.smem // shared_memory(tile, d, dv, dtype)))
+    )
 
 
 def prefill_tile(

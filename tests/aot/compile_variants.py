@@ -63,7 +63,7 @@ def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
     def compile_only(kernel: Any, grid: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
             name = kernel.fn.__name__
-            if (name == "fixup_kernel") == (variant.form == "fixup"):  # each has variants of its own
+            if (name == "merge_kernel") == (variant.form == "fixup"):  # each has variants of its own
                 launches.append((name, kernel.run(*args, grid=grid, warmup=True, **kwargs)))
 
         return launch

@@ -56,7 +56,7 @@ def test_a_variant_runs_the_kernel_it_is_there_for(arch: int, report: list[Recor
         "decode1": "decode_kernel",
         "decode64": "decode_kernel",
         "prefill": "prefill_kernel",
-        "fixup": "fixup_kernel",
+        "fixup": "merge_kernel",
         "append": "append_kernel",
     }
     assert offenders(report, lambda r: r["kernel"] != kernel[r["form"]], "kernel") == {}

@@ -24,8 +24,9 @@ from headfold.backends.triton import constants
 from headfold.kernels.append import APPEND_ARGUMENTS, append_kernel
 from headfold.kernels.decode import decode_kernel
 from headfold.kernels.fixup import fixup_kernel
+from headfold.kernels.merge import merge_kernel
 from headfold.kernels.prefill import prefill_kernel
-from headfold.kernels.specialize import ARGUMENTS, FIXUP_INTEGERS
+from headfold.kernels.specialize import ARGUMENTS, DECODE_ARGUMENTS, FIXUP_INTEGERS, MERGE_ARGUMENTS
 from headfold.planner import DEVICES, Plan, make_plan
 from headfold.problem import Inputs
 from tests.aot.variants import ALL_DIMS
@@ -34,7 +35,8 @@ from tests.planner.problems import DTYPES, RATIOS, problem
 LIMIT = 24
 # kernel -> the arguments it is told not to specialise on
 LISTED = {
-    decode_kernel: ARGUMENTS,
+    decode_kernel: DECODE_ARGUMENTS,
+    merge_kernel: MERGE_ARGUMENTS,
     prefill_kernel: ARGUMENTS,
     fixup_kernel: FIXUP_INTEGERS,
     append_kernel: APPEND_ARGUMENTS,
@@ -83,12 +85,15 @@ def sweep() -> Iterator[dict[str, Any]]:
                 "aligned": aligned,
                 "tma_strides": tma,
                 "num_splits": splits,
+                "lengths_on_device": layout != "dense" or window is None,
             }
 
 
 def key_of(plan: Plan, d: int, dv: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What makes another compiled program: constants, warps and stages."""
+    """What makes another compiled program: constants, warps, stages and how it is launched."""
     values = constants(plan, d, dv, dtype)
+    # The test session interprets, where nothing is launched early.
+    values["EARLY"] = plan.early
     return (*sorted((name, str(value)) for name, value in values.items()), plan.num_warps, plan.num_stages)
 
 
@@ -134,7 +139,7 @@ def recorded_calls(
     kernels = {decode_kernel: Recorder(), prefill_kernel: Recorder()}
     for kernel, recorder in kernels.items():
         monkeypatch.setattr(launcher, kernel.fn.__name__, recorder)
-    monkeypatch.setattr(launcher, "fixup", lambda *args, **kwargs: None)
+    monkeypatch.setattr(launcher, "merge_kernel", Recorder())
 
     def index(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32)

@@ -24,8 +24,10 @@ from headfold.planner.gpu import (
     FULL_WAVES,
     MAX_SPLITS,
     START_COST,
+    UNEVEN,
     WAVE_COST,
     choose_fold,
+    choose_ranges,
     choose_splits,
     count_tiles,
     span_blocks,
@@ -141,8 +143,9 @@ def test_classic_decode_shapes_run_in_one_wave_on_an_h200(shape: tuple[int, ...]
 def test_a_long_decode_never_idles_half_a_device(batch: int, kv_heads: int, device: Any) -> None:
     """Over the whole of its waves: that is what splits are for."""
     plan = make_plan(problem(kv_heads * 4, kv_heads, batch, sk=131072), device)
-    waves = -(-plan.programs // device.sms)
-    assert plan.programs >= waves * device.sms / 2
+    slots = device.sms * plan.resident
+    waves = -(-plan.programs // slots)
+    assert plan.programs >= waves * slots / 2
 
 
 @pytest.mark.parametrize(("kv_heads", "splits"), [(5, 26), (10, 13), (15, 8), (31, 4)])
@@ -179,16 +182,76 @@ def test_sm_margin_leaves_multiprocessors_free(margin: int, splits: int) -> None
 
 
 @given(problems())
-def test_workspace_holds_the_states_of_every_split(p: Any) -> None:
-    """Output and LSE of each row and split at float32, output rows on 16 bytes; none for a single split."""
+def test_workspace_holds_every_state(p: Any) -> None:
+    """Output and LSE of each row at float32, output rows on 16 bytes: of every split of every tile, or of two tiles a
+    range and lane. None where a program finishes every tile."""
     plan = make_plan(p, H200)
-    if plan.num_splits == 1:
-        assert plan.workspace == 0
+    assert (plan.workspace > 0) == (plan.num_splits > 1 or plan.ranges > 0)
+    if not plan.workspace:
         return
-    rows = plan.num_splits * p.total_q * p.num_heads
-    assert rows * (p.head_dim_v + 1) * 4 <= plan.workspace <= rows * (p.head_dim_v + 8) * 4
-    assert 1 < plan.num_splits <= 256
     assert plan.kernel == "decode"
+    states = 2 * plan.ranges * plan.lanes if plan.ranges else plan.tiles * plan.head_units * plan.num_splits
+    rows = states * min(plan.block_m, p.max_seqlen_q * plan.fold)
+    assert rows * (p.head_dim_v + 1) * 4 <= plan.workspace <= rows * (p.head_dim_v + 8) * 4
+    assert 1 <= plan.num_splits <= 256
+
+
+# ---- streams
+
+
+@pytest.mark.parametrize(("batch", "ranges"), [(64, 16), (16, 16), (2, 16), (3, 16), (300, 16)])
+def test_sequences_whose_lengths_the_device_knows_are_streamed(batch: int, ranges: int) -> None:
+    """One wave of programs for the whole list; a few ranges fewer where equal sequences divide evenly then."""
+    plan = make_plan(problem(batch=batch, lengths_on_device=True), H200)
+    assert (plan.stream, plan.ranges, plan.num_splits) == (True, ranges, 1)
+    assert plan.programs == ranges * 8 <= H200.sms
+    assert any("cut on the device" in r for r in plan.reasons)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"lengths_on_device": False}, "the same"),
+        ({"num_splits": 3}, "num_splits asks"),
+        ({"batch": 1, "total_q": 1, "total_k": 8192}, "one sequence"),
+        ({"featured": True, "tensor_mask": True}, "programs that know nothing else"),
+        ({"featured": True, "rotary": True}, "programs that know nothing else"),
+        ({"aligned": False}, "programs that know nothing else"),
+        ({"batch": 4096, "max_seqlen_k": 2**24}, "32 bits"),
+        ({"q_layout": "ragged", "max_seqlen_q": 200, "total_q": 230, "num_splits": 2}, "num_splits asks"),
+    ],
+)
+def test_what_is_not_streamed_says_why(change: dict[str, Any], reason: str) -> None:
+    p = replace(problem(batch=16, lengths_on_device=True), **change)
+    plan = make_plan(p, H200)
+    assert plan.ranges == 0
+    assert any("equal shares" in r and reason in r for r in plan.reasons)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64])
+@pytest.mark.parametrize("kv_layout", ["dense", "ragged", "paged"])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_fixed_splits_have_one_tile_whatever_the_batch(batch: int, kv_layout: str, on_device: bool) -> None:
+    """A sequence's bits depend on the block, the warps and the program that computes them."""
+    more = {"kv_layout": kv_layout, "page_size": 16 if kv_layout == "paged" else 0}
+    plan = make_plan(problem(batch=batch, tokens_per_split=512, lengths_on_device=on_device, **more), H200)
+    one = make_plan(
+        problem(batch=7, sq=3, sk=300, tokens_per_split=512, lengths_on_device=True, **more), H200
+    )
+    for name in ("stream", "block_m", "block_n", "num_warps", "num_stages", "extent"):
+        assert getattr(plan, name) == getattr(one, name), name
+    assert plan.stream
+
+
+@given(st.integers(1, 300), st.integers(1, 200), st.integers(1, 50), st.integers(1, 264))
+def test_ranges_fill_one_wave_and_none_is_without_a_block(
+    batch: int, lanes: int, blocks: int, slots: int
+) -> None:
+    ranges = choose_ranges(batch, lanes, blocks, slots)
+    assert 1 <= ranges <= batch * blocks
+    assert ranges == 1 or ranges * lanes <= slots
+    most = max(1, min(slots // lanes, batch * blocks))
+    assert ranges > most * (1 - UNEVEN)
 
 
 def test_many_rows_on_an_idle_device_are_split() -> None:
@@ -205,7 +268,7 @@ def test_many_rows_on_an_idle_device_are_split() -> None:
 def test_the_decode_kernel_takes_many_rows_only_to_split_them(p: Any, device: Any) -> None:
     """Unsplit, the prefill kernel runs the same work on a larger tile and without a mask inside."""
     plan = make_plan(p, device)
-    if p.max_seqlen_q * plan.fold > DECODE_ROWS and plan.num_splits == 1:
+    if p.max_seqlen_q * plan.fold > DECODE_ROWS and plan.num_splits == 1 and not plan.ranges:
         assert plan.kernel in ("prefill", "none"), plan.reasons
 
 
@@ -509,7 +572,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     pytest.importorskip("triton")
     from headfold.backends import triton as launcher
 
-    for kernel in ("decode_kernel", "prefill_kernel", "fixup_kernel"):
+    for kernel in ("decode_kernel", "prefill_kernel", "merge_kernel"):
         monkeypatch.setattr(launcher, kernel, Recorder())
     return launcher
 
@@ -546,7 +609,11 @@ def test_the_planned_blocks_are_the_launched_ones(launcher: Any, name: str, devi
     other = launcher.prefill_kernel if plan.kernel == "decode" else launcher.decode_kernel
     assert not other.launches
     [(grid, args, keywords)] = kernel.launches
-    assert (*grid, 1)[:3] == (plan.tiles, plan.head_units, plan.num_splits)
+    if plan.kernel == "decode":
+        assert grid == (plan.programs,)
+        assert keywords["STREAM"] == plan.stream
+    else:
+        assert grid == (plan.tiles, plan.head_units)
     assert (keywords["BLOCK_M"], keywords["BLOCK_N"]) == (plan.block_m, plan.block_n)
     assert (keywords["D0"], keywords["D1"]) == plan.d_parts
     assert (keywords["DV0"], keywords["DV1"]) == plan.dv_parts
@@ -556,13 +623,27 @@ def test_the_planned_blocks_are_the_launched_ones(launcher: Any, name: str, devi
     assert (keywords["ROTARY"], keywords["PAGED"]) == (plan.rotary, x.page_table is not None)
     assert keywords.get("TMA", False) == plan.use_tma
     assert any(value is plan.fold for value in args)
-    assert len(launcher.fixup_kernel.launches) == (plan.num_splits > 1)
-    if plan.num_splits > 1:
-        [(grid, args, _)] = launcher.fixup_kernel.launches
-        assert args[0].shape[0] == args[6] == plan.num_splits
-        states = args[0].numel() * 4 + args[1].numel() * 4
-        assert states == plan.workspace
-        assert grid == (x.q.shape[:-1].numel(),)
+    assert len(launcher.merge_kernel.launches) == (plan.workspace > 0)
+    if plan.workspace:
+        [(grid, merged, keywords)] = launcher.merge_kernel.launches
+        assert (keywords["BLOCK_M"], keywords["BLOCK_N"]) == (plan.block_m, plan.block_n)
+        rows = min(plan.block_m, x.q.shape[-3] * plan.fold)
+        parts = -(-rows // 4) * -(-x.v.shape[-1] // 32)
+        assert grid == (plan.tiles * plan.head_units, parts)
+        # Both kernels are told the same of the schedule, the workspace and the tiles.
+        names = inspect.signature(launcher_kernel("decode").fn).parameters
+        told = dict(zip(names, args, strict=False))
+        names = inspect.signature(launcher_kernel("merge").fn).parameters
+        for name, value in zip(names, merged, strict=False):
+            assert value == told[name], name
+
+
+def launcher_kernel(name: str) -> Any:
+    """The kernel itself, where the launcher has a recorder."""
+    from headfold.kernels.decode import decode_kernel
+    from headfold.kernels.merge import merge_kernel
+
+    return {"decode": decode_kernel, "merge": merge_kernel}[name]
 
 
 def test_launch_cases_reach_every_kernel_and_the_search() -> None:
@@ -583,12 +664,12 @@ def test_launch_cases_reach_every_kernel_and_the_search() -> None:
 def test_a_launch_gives_every_kernel_parameter_once(launcher: Any, name: str) -> None:
     """Arguments are positional: one too few or in the wrong place would shift all that follow."""
     from headfold.backends.triton import KINDS, address
-    from headfold.kernels import decode, fixup, prefill
+    from headfold.kernels import decode, merge, prefill
 
     kernels = {
         "decode_kernel": decode.decode_kernel,
         "prefill_kernel": prefill.prefill_kernel,
-        "fixup_kernel": fixup.fixup_kernel,
+        "merge_kernel": merge.merge_kernel,
     }
     x = launch_cases()[name]
     with backends.force(H200):
@@ -596,13 +677,13 @@ def test_a_launch_gives_every_kernel_parameter_once(launcher: Any, name: str) ->
         searches = backends.plan_of(x)[1].search_tiles
     for kernel, jit in kernels.items():
         for _, args, keywords in getattr(launcher, kernel).launches:
-            options = ("num_warps", "num_stages")
+            options = ("num_warps", "num_stages", "launch_pdl")
             constants = {k: v for k, v in keywords.items() if k not in options}
             bound = inspect.signature(jit.fn).bind(*args, **constants).arguments
             assert set(bound) == set(inspect.signature(jit.fn).parameters)
             strides = {k: v for k, v in bound.items() if "stride" in k}
             assert all(isinstance(v, int) for v in strides.values())
-            if kernel != "fixup_kernel":
+            if kernel != "merge_kernel":
                 assert bound["Q"] == x.q.data_ptr()
                 assert bound["page_table"] == address(x.page_table)
                 # Packed tiles search their sequence.

@@ -151,13 +151,19 @@ def test_explain_gives_the_launch_numbers_of_the_plan(name: str, device: Device)
         assert (tiles, workers) == (plan.tiles * plan.head_units, plan.workers)
         return
     programs, sms, waves, idle = numbers(
-        r"(\d+) programs on (\d+) multiprocessors: (\d+) waves?, (\d+)% of the last slots idle", text
+        r"(\d+) programs on (\d+) multiprocessors(?:, 2 on each)?: (\d+) waves?, (\d+)% of the last slots idle",
+        text,
     )
-    assert programs == plan.tiles * plan.head_units * plan.num_splits
+    assert programs == plan.programs
     assert sms == device.sms
-    assert (waves - 1) * sms < programs <= waves * sms
-    assert idle == pytest.approx(100 * (1 - programs / (waves * sms)), abs=0.51)
-    if plan.num_splits > 1:
+    slots = sms * plan.resident
+    assert (", 2 on each" in text) == (plan.resident == 2)
+    assert (waves - 1) * slots < programs <= waves * slots
+    assert idle == pytest.approx(100 * (1 - programs / (waves * slots)), abs=0.51)
+    if plan.ranges:
+        assert f"into {plan.ranges} ranges of equal cost, {plan.lanes} programs each" in text
+        assert "fixup: states of the rows whose keys several ranges share" in text
+    elif plan.num_splits > 1:
         states, megabytes = numbers(r"fixup: (\d+) states a row through ([\d,.]+) MB", text)
         assert states == plan.num_splits
         assert megabytes == pytest.approx(plan.workspace / 1e6, abs=0.006)
@@ -172,11 +178,12 @@ def test_explain_of_a_glm_decode_on_an_h200_word_by_word() -> None:
         "Runs on NVIDIA H200 as the triton decode kernel.",
         "  the 12 heads of a group are folded into rows: each K/V byte is read once",
         "  4 splits a tile, over 512 blocks",
+        "  every tile has equal shares: the lengths are the same",
         "  tile of 16 rows x block of 128 keys, 4 warps, 3 stages, about 143 KB of shared memory",
         "  rows used of rows paid for: 384 of 512 (75%)",
         "  must move 1,073.9 MB and do 12.9 GFLOP: bound by memory, no faster than 223.7 us on this device",
         "  128 programs on 132 multiprocessors: 1 wave, 3% of the last slots idle",
-        "  fixup: 4 states a row through 0.79 MB of workspace (0.1% of the bytes, written and read once)",
+        "  fixup: 4 states a row through 0.79 MB of workspace (0.1% of the bytes, written and read once at the most)",
     ]
 
 

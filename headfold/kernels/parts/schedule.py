@@ -1,0 +1,187 @@
+"""The schedule of a decode: which blocks of which sequences a program owns, from the lengths that lie on the device.
+
+The sequences of a batch are a list, and a sequence is as long as it has blocks that a tile sees. Ranges cut the list
+into shares that differ by at most one block; all heads of a range run side by side, so that the heads of a token,
+which are neighbours in memory, are read together. Every program computes its own range, in 32-bit arithmetic:
+nothing is prepared, and a captured graph may change the lengths. The same formulas in PyTorch: planner/schedule.py.
+"""
+
+import triton
+import triton.language as tl
+
+from headfold.kernels.parts.address import load_index
+from headfold.kernels.parts.spans import sequence_span
+from headfold.kernels.parts.tile import tile_keys
+
+# Sequences that a program looks at at a time.
+CHUNK: tl.constexpr = tl.constexpr(128)
+
+
+@triton.jit
+def look_up(seq, first_row, lengths, fold, band, BLOCK_M: tl.constexpr, FEATURED: tl.constexpr):
+    """Where sequences lie and what a tile sees of them; seq is one sequence or a vector of them.
+
+    lengths is (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad, sq_capacity, sk_capacity), the first
+    five addresses; band (bottom_right, window_left, window_right, chunk). Returns (first row of q, rows, first key,
+    padding before it, keys, how far the diagonal is moved, first and end of the keys that the tile sees).
+    """
+    q_first, sq = sequence_span(seq, lengths[0], lengths[2], lengths[5])
+    k_first, sk = sequence_span(seq, lengths[1], lengths[3], lengths[6])
+    pad = 0
+    if FEATURED:
+        pad = load_index(lengths[4], seq, 0)
+    sk = tl.maximum(sk - pad, 0)
+    shift = (sk - sq) * band[0]
+    low, high, full_low, full_high = tile_keys(
+        first_row, sq, sk, fold, shift, band[1], band[2], band[3], BLOCK_M, FEATURED
+    )
+    return q_first, sq, k_first, pad, sk, shift, low, tl.maximum(high, low)
+
+
+@triton.jit
+def count_blocks(low, high, extent, extent_blocks, BLOCK_N: tl.constexpr):
+    """Blocks of keys low..high, at least 1: a tile that sees no key has a result too.
+
+    extent > 0 are fixed extents: the keys from i * extent on are extent i, which is cut nowhere and stands for
+    extent_blocks blocks, the last one for those that it has.
+    """
+    blocks = tl.cdiv(high - low, BLOCK_N)
+    if extent > 0:
+        last = tl.maximum(high - 1, 0) // extent
+        blocks = (last - low // extent) * extent_blocks + tl.cdiv(high - last * extent, BLOCK_N)
+    return tl.where(high > low, tl.maximum(blocks, 1), 1)
+
+
+@triton.jit
+def list_costs(
+    first,
+    first_row,
+    batch,
+    lengths,
+    fold,
+    band,
+    extents,
+    gap,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FEATURED: tl.constexpr,
+):
+    """(costs, blocks) of CHUNK sequences from `first` on: the blocks and the gap, 0 where the tile is not there."""
+    i = first + tl.arange(0, CHUNK)
+    _, sq, _, _, _, _, low, high = look_up(
+        tl.minimum(i, batch - 1), first_row, lengths, fold, band, BLOCK_M, FEATURED
+    )
+    blocks = count_blocks(low, high, extents[0], extents[1], BLOCK_N)
+    live = (i < batch) & (first_row < sq * fold)
+    return tl.where(live, blocks + gap, 0), tl.where(live, blocks, 0), i
+
+
+@triton.jit
+def list_length(
+    first_row,
+    batch,
+    lengths,
+    fold,
+    band,
+    extents,
+    gap,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FEATURED: tl.constexpr,
+):
+    """(length of the list, gap behind each sequence).
+
+    The gap is what the start of a sequence costs, in blocks. Equal sequences get none: ranges that divide the batch
+    evenly then cut between sequences.
+    """
+    total = 0
+    count = 0
+    least = 2147483647
+    most = 0
+    for first in range(0, batch, CHUNK):
+        _, blocks, i = list_costs(
+            first, first_row, batch, lengths, fold, band, extents, 0, BLOCK_M, BLOCK_N, FEATURED
+        )
+        total += tl.sum(blocks, 0)
+        count += tl.sum((blocks > 0).to(tl.int32), 0)
+        least = tl.minimum(least, tl.min(tl.where(i < batch, blocks, 2147483647), 0))
+        most = tl.maximum(most, tl.max(blocks, 0))
+    gap = tl.where(least == most, 0, gap)
+    return total + count * gap, gap
+
+
+@triton.jit
+def find_position(
+    x,
+    first_row,
+    batch,
+    lengths,
+    fold,
+    band,
+    extents,
+    gap,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FEATURED: tl.constexpr,
+):
+    """(sequence that holds position x of the list, position where it starts)."""
+    seq = 0
+    start = 0
+    base = 0
+    for first in range(0, batch, CHUNK):
+        costs, _, i = list_costs(
+            first, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED
+        )
+        ends = base + tl.cumsum(costs, 0)
+        before = (ends <= x) & (i < batch)
+        seq += tl.sum(before.to(tl.int32), 0)
+        start = tl.maximum(start, tl.max(tl.where(before, ends, 0), 0))
+        base = tl.max(ends, 0)
+    return seq, start
+
+
+@triton.jit
+def start_of(
+    seq,
+    first_row,
+    batch,
+    lengths,
+    fold,
+    band,
+    extents,
+    gap,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FEATURED: tl.constexpr,
+):
+    """Position where a sequence starts in the list."""
+    start = 0
+    for first in range(0, seq, CHUNK):
+        costs, _, i = list_costs(
+            first, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED
+        )
+        start += tl.sum(tl.where(i < seq, costs, 0), 0)
+    return start
+
+
+@triton.jit
+def range_start(r, quotient, rest):
+    """First position of range r, where the first `rest` ranges are one position longer than the others."""
+    return r * quotient + tl.minimum(r, rest)
+
+
+@triton.jit
+def range_of(x, quotient, rest):
+    """The range that holds position x: the inverse of range_start."""
+    longer = rest * (quotient + 1)
+    before = x < longer
+    return tl.where(before, 0, rest) + tl.where(before, x, x - longer) // tl.where(
+        before, quotient + 1, tl.maximum(quotient, 1)
+    )
+
+
+@triton.jit
+def nearest_extent(block, blocks, extent_blocks):
+    """The end of an extent that lies nearest to a cut, for extents are cut nowhere."""
+    at = (block + extent_blocks // 2) // extent_blocks * extent_blocks
+    return tl.where(block == blocks, blocks, tl.minimum(at, blocks))
