@@ -295,3 +295,30 @@ def check() -> None:
         out.print(f"[bold red]{len(bad)} problem{'s' if len(bad) > 1 else ''}:[/] {escape(', '.join(bad))}")
         raise typer.Exit(EXIT_FAILED)
     out.print("[bold green]Everything that is needed here works.[/]")
+
+
+@app.command(name="compile")
+def compile_ahead(
+    config: Annotated[Path, typer.Option(help="The model's config.json.")],
+    cache: Annotated[
+        Path, typer.Option(help="Folder for the kernels; ship it and set TRITON_CACHE_DIR to it.")
+    ],
+    arch: Annotated[str, typer.Option(help="The GPU's architecture, such as sm_90.")] = "sm_90",
+) -> None:
+    """Compile a model's kernels ahead of time, without a GPU.
+
+    A process with the same headfold, Triton and Python that finds the folder in TRITON_CACHE_DIR compiles nothing.
+    """
+    from headfold import precompile
+
+    model = _usage(lambda: precompile.read_model(config))
+    out = console()
+    with out.status("compiling") as status:
+        try:
+            kernels = _usage(
+                lambda: precompile.precompile(model, arch, cache, lambda name: status.update(name))
+            )
+        except RuntimeError as e:
+            stop(str(e))
+    out.print(f"{kernels} kernels for {escape(arch)} in {escape(str(cache))}", soft_wrap=True)
+    out.print(f"set TRITON_CACHE_DIR={escape(str(cache.absolute()))} where they run", soft_wrap=True)
