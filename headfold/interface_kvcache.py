@@ -305,7 +305,9 @@ def get_scheduler_metadata(
         attention_chunk=attention_chunk,
     )
     plan = make_plan(problem, device_of(cache_seqlens.device))
-    return SchedulerMetadata(problem, 0 if plan.kernel != "decode" else plan.num_splits)
+    # A list that is cut on the device has no number of splits to fix ahead; 0 leaves a call to the same plan.
+    fixed = plan.kernel == "decode" and not plan.ranges
+    return SchedulerMetadata(problem, plan.num_splits if fixed else 0)
 
 
 def _splits_of(metadata: Any, num_splits: int) -> int:

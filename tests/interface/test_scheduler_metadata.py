@@ -9,6 +9,7 @@ import torch
 
 import headfold
 from headfold import backends
+from headfold.planner import make_plan
 from headfold.problem import Inputs
 from tests.cases import assert_accurate
 from tests.conftest import Target
@@ -53,17 +54,24 @@ def test_scheduler_metadata_serves_every_step_within_its_bounds(
 
 
 @pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
 def test_scheduler_metadata_plans_what_the_call_would(
-    kernels: Target, paged: bool, seen: list[Inputs]
+    kernels: Target, paged: bool, batch: int, seen: list[Inputs]
 ) -> None:
-    q = torch.zeros(2, 1, 8, 64, dtype=torch.float16)
-    cache = q.new_zeros(1024, 16, 2, 64) if paged else q.new_zeros(2, 8192, 2, 64)
-    table = {"page_table": torch.arange(1024, dtype=torch.int32).view(2, 512)} if paged else {}
+    """One sequence is split evenly; the list of several is cut on the device, and nothing is fixed ahead."""
+    q = torch.zeros(batch, 1, 8, 64, dtype=torch.float16)
+    cache = q.new_zeros(512 * batch, 16, 2, 64) if paged else q.new_zeros(batch, 8192, 2, 64)
+    table = {"page_table": torch.arange(512 * batch, dtype=torch.int32).view(batch, 512)} if paged else {}
+    lengths = ints(9, 300)[:batch]
     planned = headfold.get_scheduler_metadata(
-        2, 1, 8192, 8, 2, 64, ints(0, 0), torch.float16, page_size=16 if paged else None, causal=True
+        batch, 1, 8192, 8, 2, 64, lengths, torch.float16, page_size=16 if paged else None, causal=True
     )
-    headfold.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=ints(9, 300), causal=True, **table)
-    assert backends.plan_of(seen[0])[1].num_splits == planned.num_splits > 1
+    headfold.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths, causal=True, **table)
+    plan = backends.plan_of(seen[0])[1]
+    assert plan == make_plan(planned.problem, backends.device_of(q.device))
+    assert bool(plan.ranges) == (batch > 1)
+    assert planned.num_splits == (0 if plan.ranges else plan.num_splits)
+    assert max(plan.ranges, plan.num_splits) > 1
 
 
 def test_scheduler_metadata_decides_the_splits_unless_the_call_forces_them(seen: list[Inputs]) -> None:
@@ -78,11 +86,11 @@ def test_scheduler_metadata_decides_the_splits_unless_the_call_forces_them(seen:
 
 
 def test_scheduler_metadata_reads_nothing_from_the_device(kernels: Target) -> None:
-    meta = ints(3, 4).to("meta")
+    meta = ints(3).to("meta")
     on_meta = headfold.get_scheduler_metadata(
-        2, 1, 8192, 8, 2, 64, meta, cu_seqlens_q=meta, cu_seqlens_k_new=meta, cache_leftpad=meta
+        1, 1, 8192, 8, 2, 64, meta, cu_seqlens_q=meta, cu_seqlens_k_new=meta, cache_leftpad=meta
     )
-    real = headfold.get_scheduler_metadata(2, 1, 8192, 8, 2, 64, ints(9, 99), cu_seqlens_q=ints(0, 1, 2))
+    real = headfold.get_scheduler_metadata(1, 1, 8192, 8, 2, 64, ints(9), cu_seqlens_q=ints(0, 1))
     assert on_meta.num_splits == real.num_splits > 1
 
 
