@@ -24,10 +24,10 @@ OPEN_SIDE = 2**30
 ELEMENTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # What address.py calls the elements of masks, sinks and angles.
 KINDS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
-# Columns that a program of the merge kernel takes: narrow and of one warp, so that all its loads are in flight at once.
-# 96:8 b1 s8192 +1.9 us over the loop alone; 128 columns and 4 warps +3.6.
+# Columns that a program of the merge kernel takes: narrow, and of one warp, so that all its loads are in flight at once.
+# Over the loop alone 32:8 b1 s8192 takes 1.8 us, 3.6 with 128 columns and 4 warps.
 MERGE_WIDTH = 32
-# States that a thread of it holds at a time, or four times as many: 64 splits of d256 15 us with 64, 19 with 16.
+# States that it merges at a time, or four times as many: 64 splits of d256 take 15 us with 64, 19 with 16.
 FEW_STATES = 16
 NO_FEATURES = (0,) * 26
 
@@ -125,7 +125,17 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None
         states, state_lses = workspace.data_ptr(), workspace.data_ptr() + 4 * count * width
     lanes_by, units_by = (lanes, *division(lanes)), (plan.head_units, *division(plan.head_units))
     extent_blocks = -(-plan.extent // plan.block_n)
-    common = (plan.ranges, plan.gap, plan.extent, extent_blocks, states, state_lses, width, rows)
+    common = (
+        plan.ranges,
+        plan.even_ranges,
+        plan.gap,
+        plan.extent,
+        extent_blocks,
+        states,
+        state_lses,
+        width,
+        rows,
+    )
     arguments = (
         *_tensors(x, out, lse),
         *_bounds(plan, x),
@@ -172,14 +182,24 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None
         *_band(x),
         x.attention_chunk or OPEN_SIDE,
     )
+    # A stream has many rows, of which few are merged: each program looks for its sequence, so there are few.
+    merge_width = next_power_of_two(x.v.shape[-1]) if plan.ranges else MERGE_WIDTH
     shared = ("ELEMENT", "HEAD_DIM_V", "BLOCK_M", "BLOCK_N", "ALIGN", "EARLY")
-    few = plan.num_splits <= FEW_STATES
+    # The order of summation follows from both numbers: with fixed extents it must not depend on the batch, nor on how
+    # long a sequence may be.
+    few = plan.num_splits <= FEW_STATES or plan.extent > 0
+    # A stream has many rows, of which few are merged: each program looks for its sequence, so there are few programs.
+    wide = plan.ranges > 0 or plan.extent > 0
+    merge_width = next_power_of_two(x.v.shape[-1]) if wide else MERGE_WIDTH
+    shared = ("ELEMENT", "HEAD_DIM_V", "BLOCK_M", "BLOCK_N", "ALIGN", "EARLY")
+    # With fixed extents always the same: the order of summation must not depend on how long a sequence may be.
+    few = plan.num_splits <= FEW_STATES or plan.extent > 0
     merge_variant = {name: variant[name] for name in shared} | {
-        "WIDTH": MERGE_WIDTH,
+        "WIDTH": merge_width,
         "STATES": FEW_STATES if few else 4 * FEW_STATES,
     }
     options = {"num_warps": 1 if few else 2} | ({"launch_pdl": True} if variant["EARLY"] else {})
-    parts = -(-rows // 4) * -(-x.v.shape[-1] // MERGE_WIDTH)
+    parts = rows * -(-x.v.shape[-1] // merge_width)
     launch(merge_kernel, (items * lanes, parts), arguments, merge_variant, options, x.q.device)
 
 

@@ -50,6 +50,7 @@ def decode_kernel(
     splits_magic: tl.uint32,
     splits_shift: tl.uint32,
     ranges: tl.int32,
+    even_ranges: tl.int32,
     gap: tl.int32,
     extent: tl.int32,
     extent_blocks: tl.int32,
@@ -168,13 +169,25 @@ def decode_kernel(
     if STREAM:
         if ranges > 0:
             first_row = lane_tile * BLOCK_M
-            total, gap = list_length(
-                first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED
+            total, gap, used = list_length(
+                first_row,
+                batch,
+                lengths,
+                fold,
+                band,
+                extents,
+                gap,
+                ranges,
+                even_ranges,
+                BLOCK_M,
+                BLOCK_N,
+                FEATURED,
             )
-            quotient = total // ranges
-            rest = total - quotient * ranges
-            x = range_start(r, quotient, rest)
-            x_end = range_start(r + 1, quotient, rest)
+            quotient = total // used
+            rest = total - quotient * used
+            # Ranges beyond those used are empty: they begin and end where the list does.
+            x = range_start(tl.minimum(r, used), quotient, rest)
+            x_end = range_start(tl.minimum(r + 1, used), quotient, rest)
             if x < x_end:
                 item, start = find_position(
                     x, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED

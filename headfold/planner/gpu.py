@@ -47,7 +47,7 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
     slots = usable * tile.resident
     tiles, _, packed = count_tiles(p, fold, tile.rows)
     blocks = span_blocks(p, tile.keys)
-    ranges = 0
+    ranges = (0, 0)
     if p.tokens_per_split:
         splits = -(-p.max_seqlen_k // p.tokens_per_split)
         reasons.append(f"{splits} splits a tile of {p.tokens_per_split} keys, as tokens_per_split asks")
@@ -67,7 +67,7 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
         lanes = tiles // p.batch * units
         ranges = choose_ranges(p.batch, lanes, blocks, slots)
         reasons.append(
-            f"the list of {p.batch} sequences is cut on the device into {ranges} ranges of equal cost, {lanes} programs each"
+            f"the list of {p.batch} sequences is cut on the device into {ranges[0]} ranges of equal cost, {lanes} programs each"
         )
     return _plan(p, device, "decode", tile, fold, splits, reasons, ranges)
 
@@ -157,14 +157,15 @@ def not_streamed(p: Problem) -> str:
     return ""
 
 
-def choose_ranges(batch: int, lanes: int, blocks: int, slots: int) -> int:
-    """Ranges of the list of sequences: as many as the device holds at a time, none without a block.
+def choose_ranges(batch: int, lanes: int, blocks: int, slots: int) -> tuple[int, int]:
+    """(ranges of a list of sequences, of a list of equal ones).
 
-    Up to UNEVEN fewer where equal sequences then divide evenly: a cut through a sequence costs two states and a start.
+    As many as the device holds at a time, none without a block; for equal sequences up to UNEVEN fewer where they
+    divide evenly then: a cut through a sequence costs two states and a start.
     """
     most = max(1, min(slots // lanes, batch * blocks))
     even = [n for n in range(most, int(most * (1 - UNEVEN)), -1) if n % batch == 0 or batch % n == 0]
-    return even[0] if even else most
+    return most, even[0] if even else most
 
 
 def choose_fold(p: Problem) -> tuple[int, str]:
@@ -256,8 +257,9 @@ def _plan(
     fold: int,
     splits: int,
     reasons: list[str],
-    ranges: int = 0,
+    cuts: tuple[int, int] = (0, 0),
 ) -> Plan:
+    ranges, even_ranges = cuts
     tiles, per_sequence, search = count_tiles(p, fold, tile.rows)
     lanes = p.num_heads // fold * max(1, per_sequence)
     state_rows = min(tile.rows, p.max_seqlen_q * fold)
@@ -281,6 +283,7 @@ def _plan(
         kernel=kernel,  # type: ignore[arg-type]
         stream=kernel == "decode" and knows_stream,
         ranges=ranges,
+        even_ranges=even_ranges,
         gap=GAP["pages" if paged else "stream"] if ranges else 0,
         extent=p.tokens_per_split,
         resident=tile.resident,

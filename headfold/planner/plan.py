@@ -38,6 +38,7 @@ class Plan:
     num_splits: int = 1
     stream: bool = False
     ranges: int = 0
+    even_ranges: int = 0
     gap: int = 0
     extent: int = 0
     resident: int = 1

@@ -247,11 +247,10 @@ def test_fixed_splits_have_one_tile_whatever_the_batch(batch: int, kv_layout: st
 def test_ranges_fill_one_wave_and_none_is_without_a_block(
     batch: int, lanes: int, blocks: int, slots: int
 ) -> None:
-    ranges = choose_ranges(batch, lanes, blocks, slots)
-    assert 1 <= ranges <= batch * blocks
+    ranges, even = choose_ranges(batch, lanes, blocks, slots)
+    assert 1 <= even <= ranges <= batch * blocks
     assert ranges == 1 or ranges * lanes <= slots
-    most = max(1, min(slots // lanes, batch * blocks))
-    assert ranges > most * (1 - UNEVEN)
+    assert even > ranges * (1 - UNEVEN) - 1
 
 
 def test_many_rows_on_an_idle_device_are_split() -> None:
@@ -628,8 +627,8 @@ def test_the_planned_blocks_are_the_launched_ones(launcher: Any, name: str, devi
         [(grid, merged, keywords)] = launcher.merge_kernel.launches
         assert (keywords["BLOCK_M"], keywords["BLOCK_N"]) == (plan.block_m, plan.block_n)
         rows = min(plan.block_m, x.q.shape[-3] * plan.fold)
-        parts = -(-rows // 4) * -(-x.v.shape[-1] // 32)
-        assert grid == (plan.tiles * plan.head_units, parts)
+        parts = 1 if plan.ranges or plan.extent else -(-x.v.shape[-1] // 32)
+        assert grid == (plan.tiles * plan.head_units, rows * parts)
         # Both kernels are told the same of the schedule, the workspace and the tiles.
         names = inspect.signature(launcher_kernel("decode").fn).parameters
         told = dict(zip(names, args, strict=False))

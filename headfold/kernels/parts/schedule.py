@@ -85,14 +85,16 @@ def list_length(
     band,
     extents,
     gap,
+    ranges,
+    even_ranges,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FEATURED: tl.constexpr,
 ):
-    """(length of the list, gap behind each sequence).
+    """(length of the list, gap behind each sequence, ranges that it is cut into).
 
-    The gap is what the start of a sequence costs, in blocks. Equal sequences get none: ranges that divide the batch
-    evenly then cut between sequences.
+    The gap is what the start of a sequence costs, in blocks. Equal sequences get none, and even_ranges, which divide
+    the batch evenly: they are cut between sequences or into equal parts.
     """
     total = 0
     count = 0
@@ -107,7 +109,7 @@ def list_length(
         least = tl.minimum(least, tl.min(tl.where(i < batch, blocks, 2147483647), 0))
         most = tl.maximum(most, tl.max(blocks, 0))
     gap = tl.where(least == most, 0, gap)
-    return total + count * gap, gap
+    return total + count * gap, gap, tl.where(least == most, even_ranges, ranges)
 
 
 @triton.jit
