@@ -144,8 +144,10 @@ def _stream(problem: Problem, plan: Plan, lengths: Sequence[int]) -> Iterator[Pr
         spans = [tile_keys(problem, plan.fold, plan.block_m, length, tile) for length in lengths]
         lows, highs = torch.tensor(spans).T
         blocks = count_blocks(lows, highs, plan.block_n, plan.extent)
-        begin, end = shares(blocks, plan.ranges, plan.gap, extent_blocks)
-        owned.append((spans, begin.tolist(), end.tolist()))
+        used = plan.even_ranges if bool((blocks == blocks[0]).all()) else plan.ranges
+        begin, end = shares(blocks, used, plan.gap, extent_blocks)
+        empty = [[0] * len(lengths)] * (plan.ranges - used)
+        owned.append((spans, begin.tolist() + empty, end.tolist() + empty))
     number = 0
     for r in range(plan.ranges):
         for tile, (spans, begins, ends) in enumerate(owned):

@@ -1,4 +1,4 @@
-"""Fixup: merge the states of one row. After a split decode, and as flash_attn_combine."""
+"""Fixup: merge the states of one row, as flash_attn_combine does."""
 
 import triton
 import triton.language as tl

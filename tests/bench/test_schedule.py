@@ -102,6 +102,43 @@ def test_equal_lengths_take_the_predicted_time(shape: tuple[int, int, int]) -> N
     assert us == pytest.approx(predicted_seconds(problem, plan, H200) * 1e6, rel=0.03)
 
 
+@given(
+    lengths=st.lists(st.integers(0, 4096), min_size=2, max_size=6),
+    fixed=st.sampled_from([0, 0, 128, 1000]),
+    sq=st.sampled_from([1, 3]),
+)
+def test_a_stream_reads_every_key_of_every_head_once(lengths: list[int], fixed: int, sq: int) -> None:
+    """As the planner cuts it; a program's runs follow one another in one slot."""
+    problem, _ = decode(len(lengths), sq=sq)
+    problem = dataclasses.replace(problem, tokens_per_split=fixed)
+    plan = make_plan(problem, H200)
+    assert plan.ranges > 0
+    schedule = schedule_of(problem, plan, H200, lengths)
+    ranges = owned(schedule)
+    assert set(ranges) == {(i, 0, u) for i, n in enumerate(lengths) if n for u in range(8)}
+    for (i, _, _), parts in ranges.items():
+        assert (parts[0][0], parts[-1][1]) == (0, lengths[i])
+        assert all(a[1] == b[0] for a, b in pairwise(parts))
+    runs = defaultdict(list)
+    for run in schedule.runs:
+        runs[run.program.number].append(run)
+    assert sorted(runs) == list(range(plan.programs))
+    for mine in runs.values():
+        assert len({run.slot for run in mine}) == 1
+        assert all(a.end_us == pytest.approx(b.start_us) for a, b in pairwise(mine))
+
+
+def test_a_streamed_ragged_batch_idles_little() -> None:
+    """343 us on one H200, 1.05 times a read of its bytes, where equal shares of each sequence took 553."""
+    problem, _ = decode(64, 32529)
+    problem = dataclasses.replace(problem, total_k=sum(RAGGED_64))
+    plan = make_plan(problem, H200)
+    schedule = schedule_of(problem, plan, H200, RAGGED_64)
+    assert schedule.end_us == pytest.approx(343, rel=0.2)
+    assert schedule.idle < 0.1
+    assert predicted_seconds(problem, plan, H200) * 1e6 == pytest.approx(343, rel=0.2)
+
+
 def test_a_ragged_batch_takes_what_was_measured() -> None:
     """553 us on one H200: most of the slots idle behind the longest sequences of a rectangular grid."""
     problem, plan = decode(64, 32529, splits=1)
