@@ -22,9 +22,9 @@ FIXUP_COST_PER_SPLIT = 0.05
 # Blocks for each multiprocessor, at the tile of one wave, up to which smaller blocks are used: 32:8 b1 s1024 4.4 us with
 # 64 keys in 16 splits, 5.3 with 128 in 8 (loop alone, H200).
 FEW_BLOCKS = 0.75
-# What the start of a sequence costs in a stream, in blocks. 64 ragged sequences: 0 1.066 x read, 1 1.048, 2 1.043, 4 1.060;
-# in pages of 16: 1 1.092, 2 1.071, 3 1.067.
-GAP = {"stream": 2, "pages": 3}
+# What the start of a sequence costs in a stream, in blocks. 64 ragged sequences in rows: 0 1.066 x read, 1 1.048, 2 1.043,
+# 4 1.060; in pages of 16: 1 1.092, 2 1.071, 3 1.067. One for both, for the cuts are part of a result's bits.
+GAP = 2
 # The share of ranges that may be given up for even cuts: 16 sequences in 32 ranges of 33 1.07 x read, in 33 1.15.
 UNEVEN = 0.05
 
@@ -124,12 +124,13 @@ def decode_form(p: Problem, device: Device, fold: int, rows: int) -> tuple[Form,
     why = not_streamed(p)
     if p.kv_layout == "paged":
         return "pages", why
-    if not why or (p.tokens_per_split and not own_program(p)):
+    # Rows of a cache are computed as its pages are: the same bits.
+    if p.lengths_on_device or own_program(p) or not why or p.tokens_per_split:
         return "stream", why
     one = tile_of(p, device, "wave", rows)
     tiles = count_tiles(p, fold, one.rows)[0] * (p.num_heads // fold)
     usable = max(1, device.sms - p.sm_margin)
-    if p.featured or own_program(p):
+    if p.featured:
         return "wave", why
     if tiles * span_blocks(p, one.keys) <= FEW_BLOCKS * usable:
         return "few", why
@@ -152,7 +153,7 @@ def not_streamed(p: Problem) -> str:
             return "the lengths are the same"
         if p.batch == 1:
             return "there is one sequence"
-    if p.batch * (p.max_seqlen_k // 16 + GAP["pages"]) >= 2**30:
+    if p.batch * (p.max_seqlen_k // 16 + GAP) >= 2**30:
         return "the list of all blocks would not fit 32 bits"
     return ""
 
@@ -284,7 +285,7 @@ def _plan(
         stream=kernel == "decode" and knows_stream,
         ranges=ranges,
         even_ranges=even_ranges,
-        gap=GAP["pages" if paged else "stream"] if ranges else 0,
+        gap=GAP if ranges else 0,
         extent=p.tokens_per_split,
         resident=tile.resident,
         early=early and kernel == "decode",

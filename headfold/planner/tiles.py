@@ -82,18 +82,13 @@ MEASURED: dict[tuple[Form, int], tuple[int, int, int, int]] = {
     ("waves", 16): (128 * 128, 8, 3, 1),
     # 32:8 b1 s1024: the loop alone 4.4 us in 16 splits of 64 keys, 5.3 in 8 of 128.
     ("few", 16): (64 * 128, 4, 3, 1),
-    # 64 sequences of 32:8 d128: 1.042, with 4 warps 1.050, with 64 keys and 2 programs 1.05 to 1.07.
-    ("stream", 16): (128 * 128, 8, 3, 1),
-    ("stream", 64): (64 * 128, 4, 3, 1),
-    # The look-up of pages takes two stages of the pipeline for itself. 64 sequences in pages of 16, 64, 1: 1.067, 1.070,
-    # 1.088; with 128 keys 1.16 to 1.21, and with 3 programs 1.29.
+    # Caches with their lengths on the device: one arithmetic for rows and pages, so that both have the same bits. 64
+    # sequences of 32:8 d128 in rows 1.05, with 128 keys and 8 warps 1.042; in pages of 16, 64, 1: 1.067, 1.070, 1.088, with
+    # 128 keys 1.16 to 1.21, and with 3 programs 1.29. The look-up of pages takes two stages of the pipeline for itself.
+    ("stream", 16): (64 * 128, 4, 3, 2),
     ("pages", 16): (64 * 128, 4, 5, 2),
+    ("stream", 64): (64 * 128, 8, 3, 1),
     ("pages", 64): (64 * 128, 8, 5, 1),
-}
-# d64 and d256 go their own way in the stream of equal sequences: 16:2 d256 b16 1.093 (32 keys, 2 programs: 1.13), 64:8 d64
-# b16 1.16 (256 keys, 1 program: 1.18).
-EXCEPTIONS: dict[tuple[Form, int, int], tuple[int, int, int, int]] = {
-    ("stream", 16, 64): (64 * 128, 4, 3, 2),
 }
 
 
@@ -134,8 +129,8 @@ def decode_tile(
     elif block_m >= 32 and wide > 128:
         tile = Tile(64, 64, 8, stages) if block_m == 64 else Tile(32, 32, 4, stages)
     else:
-        size, warps, stages, resident = EXCEPTIONS.get((form, block_m, wide), MEASURED[form, block_m])
-        if form in ("stream", "waves") and (split_dim(d)[1] or split_dim(dv)[1]) and wide > 128:
+        size, warps, stages, resident = MEASURED[form, block_m]
+        if form == "waves" and (split_dim(d)[1] or split_dim(dv)[1]) and wide > 128:
             warps = 4  # a head in two parts spills in the loop with 8 (d192)
         # The largest power of two of keys that is not above the measured size of a block.
         keys = min(256, next_power_of_two(2 * size // (padded(d) + padded(dv)) + 1) // 2)

@@ -199,13 +199,35 @@ def test_workspace_holds_every_state(p: Any) -> None:
 # ---- streams
 
 
-@pytest.mark.parametrize(("batch", "ranges"), [(64, 16), (16, 16), (2, 16), (3, 16), (300, 16)])
-def test_sequences_whose_lengths_the_device_knows_are_streamed(batch: int, ranges: int) -> None:
-    """One wave of programs for the whole list; a few ranges fewer where equal sequences divide evenly then."""
+@pytest.mark.parametrize("batch", [2, 3, 16, 64, 300])
+def test_sequences_whose_lengths_the_device_knows_are_streamed(batch: int) -> None:
+    """One wave of programs for the whole list, two on a multiprocessor."""
     plan = make_plan(problem(batch=batch, lengths_on_device=True), H200)
-    assert (plan.stream, plan.ranges, plan.num_splits) == (True, ranges, 1)
-    assert plan.programs == ranges * 8 <= H200.sms
+    assert (plan.stream, plan.ranges, plan.num_splits) == (True, 33, 1)
+    assert plan.programs == 33 * 8 <= 2 * H200.sms
     assert any("cut on the device" in r for r in plan.reasons)
+
+
+@given(problems())
+def test_rows_of_a_cache_are_computed_as_its_pages_are(p: Any) -> None:
+    """The same bits: the same blocks, warps, cuts and merges. (A prefill has kernels of its own for rows.)"""
+    changes = {"lengths_on_device": True, "num_splits": p.num_splits or 2}
+    for change in (changes, {**changes, "num_splits": 0, "max_seqlen_q": 1, "total_q": p.batch}):
+        rows = make_plan(replace(p, **change, kv_layout="dense", page_size=0), H200)
+        pages = make_plan(replace(p, **change, kv_layout="paged", page_size=16), H200)
+        if rows.kernel == pages.kernel == "decode":
+            names = (
+                "block_m",
+                "block_n",
+                "num_warps",
+                "fold",
+                "num_splits",
+                "ranges",
+                "even_ranges",
+                "gap",
+                "extent",
+            )
+            assert [getattr(rows, n) for n in names] == [getattr(pages, n) for n in names]
 
 
 @pytest.mark.parametrize(
