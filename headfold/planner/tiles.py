@@ -120,9 +120,12 @@ def decode_tile(
         form = "wave"
     if dtype == torch.float32:
         # Full float32 products run on the FMA units with their operands in registers: larger tiles spill.
-        small = (
-            Tile(16, 32, 8, stages) if wide > 64 and aligned else Tile(16, 16, 8 if wide > 64 else 4, stages)
-        )
+        parts = split_dim(d)[1] or split_dim(dv)[1]
+        if wide > 64 and aligned:
+            # Heads in two parts in pages: with 32 keys two registers spill (d96).
+            small = Tile(16, 16 if form == "pages" and parts else 32, 8, stages)
+        else:
+            small = Tile(16, 16, 8 if wide > 64 else 4, stages)
         tile = small if rows <= 16 or rotary else Tile(32, 16, 16, stages)
     elif not aligned:
         tile = Tile(block_m, 32, 8, stages)
