@@ -65,7 +65,8 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
         reasons.append(f"every tile has equal shares: {why}")
     else:
         lanes = tiles // p.batch * units
-        ranges = choose_ranges(p.batch, lanes, blocks, slots)
+        # An extent is cut nowhere: more ranges than extents would leave programs without one, two on a multiprocessor.
+        ranges = choose_ranges(p.batch, lanes, splits if p.tokens_per_split else blocks, slots)
         reasons.append(
             f"the list of {p.batch} sequences is cut on the device into {ranges[0]} ranges of equal cost, {lanes} programs each"
         )

@@ -122,8 +122,8 @@ def decode_tile(
         # Full float32 products run on the FMA units with their operands in registers: larger tiles spill.
         parts = split_dim(d)[1] or split_dim(dv)[1]
         if wide > 64 and aligned:
-            # Heads in two parts in pages: with 32 keys two registers spill (d96).
-            small = Tile(16, 16 if form == "pages" and parts else 32, 8, stages)
+            # Heads in two parts in pages: with 32 keys two registers spill (d96). Rows of a cache are computed alike.
+            small = Tile(16, 16 if form in ("stream", "pages") and parts else 32, 8, stages)
         else:
             small = Tile(16, 16, 8 if wide > 64 else 4, stages)
         tile = small if rows <= 16 or rotary else Tile(32, 16, 16, stages)

@@ -7,7 +7,7 @@ import torch
 
 from headfold import flash_attn_func, flash_attn_with_kvcache
 from headfold.kv_cache import PagedKVCache
-from headfold.problem import Inputs
+from headfold.problem import Inputs, is_aligned
 from tests.cases import NAN, assert_accurate
 from tests.conftest import Target
 from tests.kv_cache.caches import (
@@ -27,10 +27,12 @@ from tests.kv_cache.caches import (
 def dense_call(
     cache: PagedKVCache, q: torch.Tensor, held: list[Tokens]
 ) -> tuple[Inputs, tuple[torch.Tensor, torch.Tensor]]:
-    """The same attention over dense keys of the same capacity, NaN past the ends."""
+    """The same attention over dense keys of the same capacity and alignment, NaN past the ends."""
     room = cache.max_pages_per_sequence * cache.page_size
-    k = torch.full((len(held), room, HEADS, D), NAN, dtype=cache.dtype, device=cache.device)
-    v = torch.full((len(held), room, HEADS, DV), NAN, dtype=cache.dtype, device=cache.device)
+    odd = 0 if is_aligned(cache.k_cache) and is_aligned(cache.v_cache) else 1
+    shape = (len(held), room, HEADS)
+    k = torch.full((*shape, D + odd), NAN, dtype=cache.dtype, device=cache.device)[..., :D]
+    v = torch.full((*shape, DV + odd), NAN, dtype=cache.dtype, device=cache.device)[..., :DV]
     for i, (ki, vi) in enumerate(held):
         k[i, : len(ki)], v[i, : len(vi)] = ki, vi
     lengths = torch.tensor([len(ki) for ki, _ in held], dtype=torch.int32, device=cache.device)
