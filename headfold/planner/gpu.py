@@ -126,12 +126,12 @@ def decode_form(p: Problem, device: Device, fold: int, rows: int) -> tuple[Form,
     if p.kv_layout == "paged":
         return "pages", why
     # Rows of a cache are computed as its pages are: the same bits.
-    if p.lengths_on_device or own_program(p) or not why or p.tokens_per_split:
+    if p.lengths_on_device or not why or (p.tokens_per_split and not own_program(p)):
         return "stream", why
     one = tile_of(p, device, "wave", rows)
     tiles = count_tiles(p, fold, one.rows)[0] * (p.num_heads // fold)
     usable = max(1, device.sms - p.sm_margin)
-    if p.featured:
+    if p.featured or own_program(p):
         return "wave", why
     if tiles * span_blocks(p, one.keys) <= FEW_BLOCKS * usable:
         return "few", why

@@ -36,8 +36,8 @@ SPILLS = {
 RECORDED_WITH = "3.7.1"
 COLUMNS = ("hgmma", "hmma", "ldgsts", "utmaldg", "mufu", "ffma", "fmul", "ldg", "stg", "registers", "smem")
 PLAIN = {
-    "decode1-dense-bf16-d128": (0, 64, 96, 0, 25, 44, 68, 10, 7, 128, 139264),
-    "decode1-paged-bf16-d128": (0, 64, 101, 0, 25, 44, 68, 10, 7, 186, 140288),
+    "decode1-dense-bf16-d128": (0, 64, 96, 0, 25, 44, 68, 10, 8, 136, 139264),
+    "decode1-paged-bf16-d128": (0, 32, 53, 0, 23, 36, 68, 22, 8, 220, 72192),
     "prefill-dense-bf16-d128": (36, 0, 0, 18, 108, 128, 348, 16, 9, 220, 114752),
     "prefill-paged-bf16-d128": (36, 0, 87, 0, 108, 128, 348, 16, 9, 232, 131584),
 }
@@ -97,11 +97,15 @@ def test_a_feature_keeps_the_tile_the_loads_and_the_products(
     In a decode, where one program does for all of them, rotation of q and masks too.
     """
     kept = ("hgmma", "hmma", "ldgsts", "ldgsts128", "utmaldg", "smem")
+    if form == "decode64":
+        # Whether Triton peels the last block of such a stream varies: 12 or 20 products in the text, with their scratch.
+        kept = ("hmma", "ldgsts", "ldgsts128", "utmaldg")
     found = [r for r in records.values() if r["feature"] == feature and r["form"] == form and r["d"] == 128]
     assert {r["layout"] for r in found} == {"dense", "paged"}
     for r in found:
         plain = plain_of(r, records)
         assert {k: r[k] for k in kept} == {k: plain[k] for k in kept}, r["name"]
+        assert (r["hgmma"] > 0) == (plain["hgmma"] > 0)
         tile = ("block_m", "block_n", "num_warps", "num_stages", "use_tma")
         assert {k: r["plan"][k] for k in tile} == {k: plain["plan"][k] for k in tile}, r["name"]
 
