@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from headfold import prepared
+from headfold import backends, prepared
 from headfold.features import check_features
 from headfold.merge import check_combine, combine_shapes, run_combine
 from headfold.problem import Inputs, check, check_out
@@ -56,7 +56,7 @@ def _attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         check_values(x)
     out, lse = _empty_results(x)
     if run is None:
-        run = prepared.keep(facts, x, out)
+        run = prepared.keep(facts, backends.prepare(x, out, lse))
     run(x, out, lse)
     return out, lse
 
@@ -82,7 +82,7 @@ def _attention_out(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: A
     if value_checks_enabled():
         check_values(x)
     if run is None:
-        run = prepared.keep(facts, x, out)
+        run = prepared.keep(facts, backends.prepare(x, out, lse))
     run(x, out, lse)
 
 

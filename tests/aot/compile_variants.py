@@ -55,7 +55,7 @@ def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from headfold.backends.append import run as run_append
+    from headfold.backends.append import prepare as prepare_append
 
     driver.set_active(TargetOnly(arch))
     launches: list[tuple[str, Any]] = []
@@ -74,8 +74,11 @@ def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
         with backends.force(DEVICES[DEVICE_OF[arch]]):
             if variant.form == "append":
                 append = variant.append_inputs()
-                turned = None if append.q is None else torch.empty_like(append.q)
-                run_append(append, torch.empty(BATCH, dtype=torch.int32), turned)
+                results = (
+                    torch.empty(BATCH, dtype=torch.int32),
+                    torch.empty_like(append.k if append.q is None else append.q),
+                )
+                prepare_append(append, *results)(append, *results)
                 return [(name, kernel, None) for name, kernel in launches]
             x = variant.inputs()
             _, plan = backends.plan_of(x)
