@@ -71,7 +71,7 @@ def tma_load(
     def event() -> bool:
         nonlocal written
         if not written:
-            result.data.copy_(descriptor.box(first))
+            result.write(descriptor.box(first))
             written = True
             return False
         one.transfer(descriptor.block_type.nbytes, clock)
@@ -115,7 +115,8 @@ def warpgroup_mma(
             reads.append(one.history.add(Access("product", low, high, thread.name, None)))
 
     def compute() -> torch.Tensor:
-        product = a.data.float() @ b.data.float()
+        left = a.read() if isinstance(a, Shared) else a.data
+        product = left.float() @ b.read().float()
         if not use_acc:
             return product
         return product + (acc.compute() if isinstance(acc, Product) else acc.data)

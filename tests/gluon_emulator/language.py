@@ -96,8 +96,10 @@ def cdiv(a: Any, b: Any) -> Any:
     return binary("floordiv", binary("add", a, b - 1), b) if isinstance(a, Value) else -(-a // b)
 
 
-def where(condition: Tensor, a: Any, b: Any) -> Tensor:
+def where(condition: Tensor | Scalar, a: Any, b: Any) -> Any:
     dtype = common_dtype(a, b) if isinstance(a, Value) or isinstance(b, Value) else number(a).dtype
+    if isinstance(condition, Scalar):
+        return number(a if condition else b).to(dtype)
     for one in (a, b):
         if isinstance(one, Tensor) and one.layout != condition.layout:
             raise ValueError(f"layouts differ: {condition.layout} and {one.layout}")
@@ -170,6 +172,11 @@ def store(pointer: Pointer, value: Any, mask: Any = None) -> None:
     _check_addresses(pointer, where_to, live)
     data = number_or_data(value).to(memory.dtype).expand(where_to.shape)
     memory[where_to[live]] = data[live]
+    stored = current().program.stored.get(memory.untyped_storage().data_ptr())
+    if stored is not None:
+        if bool(stored[where_to[live]].any()):
+            raise RuntimeError(f"{pointer!r}: an element is stored twice")
+        stored[where_to[live]] = True
 
 
 def _check_addresses(pointer: Pointer, where_to: torch.Tensor, live: torch.Tensor) -> None:

@@ -5,13 +5,21 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from tests.gluon_emulator.language import argument
 from tests.gluon_emulator.rewrite import Function, emulated
 from tests.gluon_emulator.scheduler import Scheduler, current
 
 
 def launch(
-    kernel: Any, programs: int, *args: Any, seed: int = 0, num_warps: int = 4, **constants: Any
+    kernel: Any,
+    programs: int,
+    *args: Any,
+    seed: int = 0,
+    num_warps: int = 4,
+    once: tuple[torch.Tensor, ...] = (),
+    **constants: Any,
 ) -> None:
     """Run `programs` programs of a gluon.jit function side by side, in the order that `seed` draws.
 
@@ -21,6 +29,7 @@ def launch(
         args: tensors, tensor descriptors, numbers and None, in the order of the kernel's parameters.
         seed: draws who goes on at every step, when copies are written and when products read their operands.
         num_warps: warps of the first partition.
+        once: tensors of which no element may be stored twice: that would be work done twice.
         constants: constexpr arguments by name; compiler options among them are left out.
 
     Raises:
@@ -35,9 +44,13 @@ def launch(
     if missing:
         raise TypeError(f"{function.__name__}: no argument {', '.join(missing)}")
     scheduler = Scheduler(seed)
+    stored = {
+        t.untyped_storage().data_ptr(): torch.zeros(t.untyped_storage().nbytes(), dtype=torch.bool)
+        for t in once
+    }
     for i in range(programs):
         program = SimpleNamespace(
-            name=f"program {i}", number=i, programs=programs, barriers={}, allocations=0
+            name=f"program {i}", number=i, programs=programs, barriers={}, allocations=0, stored=stored
         )
         scheduler.spawn(
             f"{function.__name__} ({program.name}, partition 0)",

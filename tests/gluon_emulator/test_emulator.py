@@ -15,6 +15,7 @@ from headfold.kernels.hopper.compat import (
     gluon,
     mbarrier,
     tma_load,
+    view_as,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -312,3 +313,38 @@ def test_shared_memory_begins_as_nan_and_programs_have_their_own() -> None:
     out = torch.zeros(3, 4, dtype=torch.float16)
     launch(untouched, 3, out)
     assert out.isnan().all()
+
+
+@gluon.jit
+def twice(Out):
+    gl.store(Out + gl.program_id(0) // 2, 1)
+
+
+def test_work_done_twice_is_found_where_asked() -> None:
+    out = torch.zeros(4, dtype=torch.int32)
+    launch(twice, 2, out)
+    with pytest.raises(RuntimeError, match="stored twice"):
+        launch(twice, 2, out, once=(out,))
+
+
+@gluon.jit
+def long_rows(source, Out):
+    """Boxes of the columns of one swizzled row, each put where a longer row's part lies."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    matrix = gl.allocate_shared_memory(source.dtype, [64, 128], source.layout)
+    pieces = view_as(matrix, source.dtype, [4, 32, 64], source.layout)
+    full = bars(1)
+    mbarrier.expect(full.index(0), 4 * source.block_type.nbytes)
+    for i in range(4):
+        tma_load(source, [i % 2 * 32, i // 2 * 64], full.index(0), pieces.index(i))
+    mbarrier.wait(full.index(0), 0)
+    rows = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, 128, gl.SliceLayout(0, layout))
+    gl.store(Out + rows[:, None] * 128 + columns[None, :], matrix.load(layout))
+
+
+def test_rows_longer_than_a_swizzled_one_lie_in_pieces() -> None:
+    source, out = rand(64, 128), torch.zeros(64, 128, dtype=torch.float16)
+    box = TensorDescriptor(source, [64, 128], [128, 1], [32, 64], shared_layout(32, 64, 16, 2))
+    launch(long_rows, 1, box, out)
+    assert torch.equal(out, source)
