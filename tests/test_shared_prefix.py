@@ -14,7 +14,7 @@ from hypothesis import given, note, seed, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from headfold import shared_prefix
+from headfold import backends, shared_prefix
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
 from tests.conftest import CPU, TARGETS, Target
@@ -179,6 +179,19 @@ def test_equal_groups_take_a_view_of_the_page_table(attended: list[Inputs]) -> N
     assert attended[0].page_table.data_ptr() == call.tensors["page_table"].data_ptr()
     assert attended[0].page_table.tolist() == call.tensors["page_table"][::2, :3].tolist()
     assert attended[0].q.data_ptr() == call.tensors["q"].data_ptr()
+
+
+@pytest.mark.parametrize("sizes", [(17,), (1, 1, 1, 1, 17)])
+def test_more_rows_than_one_tile(target: Target, sizes: tuple[int, ...], attended: list[Inputs]) -> None:
+    """A group's rows fill several tiles; groups of other sizes are packed and find theirs by bisection."""
+    n = sum(sizes)
+    options = {"heads": 8, "kv_heads": 1, "dtype": target.dtypes[-1], "device": target.device}
+    check(shared_call([(size, 2) for size in sizes], [1] * n, [1 + i % 5 for i in range(n)], **options))
+    p, plan = backends.plan_of(attended[0])
+    if plan.backend == "triton":
+        assert plan.tiles > len(sizes)
+        assert (plan.tiles_per_sequence == 0) == (len(set(sizes)) > 1)
+    assert p.total_q == n
 
 
 def test_one_length_and_one_group_are_the_default(target: Target, attended: list[Inputs]) -> None:
