@@ -92,20 +92,22 @@ def flash_attn_with_kvcache(
         tree_mask: bool (b, sq, sq), or its bits packed little-endian into uint8 (b, sq, ceil(sq / 8)): which of
             the newest sq keys each query sees, on top of every earlier key.
         scheduler_metadata: what `get_scheduler_metadata` returned.
-        shared_prefix_len: so many leading keys of every sequence of a group lie in the same pages, a multiple of
-            page_size, on the host; a sequence of ints has one for each group, 0 or None shares nothing. Those pages
-            are then read once a group (in tiles of 64 rows and more), not once a sequence, wherever that saves more
-            time than it costs. Needs a page_table. See below.
-        shared_prefix_groups: sizes of the groups of neighbouring sequences, which sum to b, on the host; None is
+        shared_prefix_len: so many leading keys of every sequence of a group lie in the same pages: a multiple of
+            page_size, an int on the host for all groups or a sequence of one for each; 0 or None shares nothing. Those
+            pages are then read once a group (once for every 64 to 128 of its folded rows), not once a sequence,
+            wherever that saves more time than it costs. Needs a page_table: a dense cache is refused, also one of
+            which cache_batch_idx picks a row for several sequences.
+        shared_prefix_groups: sizes of the groups of neighbouring sequences, ints on the host which sum to b; None is
             one group of all. A group of one shares nothing. `PagedKVCache.shared_prefix` tells both.
 
     A shared prefix is a promise about memory: it changes speed and the last bits, never the meaning. The table rows of
     a group begin with the same pages, and every query sees the whole prefix: with causal a sequence has at least
     shared_prefix_len + its queries - 1 keys (those appended by the call included), with a tree mask
-    shared_prefix_len + its queries. HEADFOLD_CHECK=1 reads that back. With a left window, attention_chunk,
-    alibi_slopes, cache_leftpad, cache_batch_idx, or a rotation of q without new keys, the pages are read once per
-    sequence, as without the argument. With tokens_per_split the prefix and the rest are split each for itself, and a
-    sequence's bits depend on its group. Before a CUDA graph is captured the call must have run once with its groups.
+    shared_prefix_len + its queries. HEADFOLD_CHECK=1 reads that back; without it a broken promise gives wrong results.
+    With a left window, attention_chunk, alibi_slopes, cache_leftpad, cache_batch_idx, or a rotation of q without new
+    keys the argument changes nothing: the pages are then read once per sequence. With tokens_per_split the prefix and
+    the rest are split each for itself, and a sequence's bits depend on its group. A call must have run once with its
+    groups before it is captured into a CUDA graph.
 
     The rest, the errors and the meaning are those of `flash_attn_func`.
     """

@@ -169,10 +169,10 @@ def force(share: bool) -> Iterator[None]:
 
 
 def can_share(x: Inputs) -> bool:
-    """True when all that a query sees of a prefix is whole, wherever the query stands, and lies in pages of the table.
+    """True when every query of a group sees a prefix alike, in pages that the rows of the table name.
 
-    Left windows, chunks and ALiBi look at positions, rotation of q turns each sequence's queries by its own; padding and
-    picked rows would have to be added to this module's own.
+    Left windows, chunks and ALiBi look at positions, and a rotation turns each sequence's queries by its own. Left padding
+    is what this module tells the own part by; picked rows of the table are no neighbours.
     """
     by_position = x.window_left >= 0 or x.attention_chunk > 0 or x.alibi_slopes is not None
     moved = x.cache_leftpad is not None or x.cache_batch_idx is not None or x.rotary_cos is not None
