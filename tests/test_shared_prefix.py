@@ -14,6 +14,7 @@ from hypothesis import given, note, seed, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import headfold
 from headfold import backends, shared_prefix
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
@@ -222,6 +223,20 @@ def test_a_new_result_and_a_given_one_hold_the_same_bits(target: Target) -> None
     odd = torch.full((*out.shape[:-1], out.shape[-1] + 3), NAN, device=out.device)[..., 1:-2]
     call.run(**call.promise, out=odd)
     assert torch.equal(odd, out)
+
+
+def test_lengths_may_be_one_int_and_splits_decided_ahead(target: Target, attended: list[Inputs]) -> None:
+    call = shared_call([(3, 2)], [1] * 3, [6] * 3, causal=True, device=target.device)
+    out, lse = check(call)
+    one, lse_one = call.run(**call.promise, cache_seqlens=14)
+    assert torch.equal(one, out)
+    assert torch.equal(lse_one, lse)
+    planned = headfold.get_scheduler_metadata(
+        3, 1, 16, 4, 2, 16, call.tensors["cache_seqlens"], torch.float32, 8, page_size=4, num_splits=2
+    )
+    call.options["scheduler_metadata"] = planned
+    check(call)
+    assert [x.num_splits for x in attended] == [0, 0, 0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("q", ["heads first", "inside longer rows", "expanded"])

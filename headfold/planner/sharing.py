@@ -35,7 +35,10 @@ def seconds_saved(p: Problem, device: Device, lengths: Sequence[int], sizes: Seq
 
 
 def seconds_spent(p: Problem, device: Device) -> float:
-    """One attention more with the merge of its splits, the merge of both parts, and two states a row through memory."""
+    """One attention more with the merge of its splits, the merge of both parts, and two states a row through memory.
+
+    A CPU launches nothing, but its calls cost no less.
+    """
     state = p.head_dim_v * p.dtype.itemsize + 4
     return LAUNCH + 2 * FIXUP + 4 * p.total_q * p.num_heads * state / _rate(device)
 
