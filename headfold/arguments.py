@@ -25,17 +25,19 @@ def run(
     options: dict[str, Any],
     out: torch.Tensor | None,
     want_lse: bool,
+    operators: tuple[Any, Any] = (ops.attention, ops.attention_out),
 ) -> Result:
     options = _given(options)
+    new, into = operators
     if out is None:
-        result, lse = ops.attention(*tensors, **options)
+        result, lse = new(*tensors, **options)
         return (result, lse) if want_lse else result
     q = tensors[0]
     assert q is not None
     ragged = len(tensors) > 3 and tensors[3] is not None
     lead, rows = (0, q.shape[:-1]) if ragged else (1, q.shape[1:-1])
     lse = q.new_empty((*q.shape[:lead], *reversed(rows)), dtype=torch.float32)
-    ops.attention_out(*tensors, **options, out=out, lse=lse)
+    into(*tensors, **options, out=out, lse=lse)
     return (out, lse) if want_lse else out
 
 

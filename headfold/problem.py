@@ -169,7 +169,8 @@ class Problem:
     @property
     def is_empty(self) -> bool:
         """True when no kernel has anything to do: no query row, or no key anywhere."""
-        return self.total_q == 0 or self.batch == 0 or self.max_seqlen_k == 0 or self.total_k == 0
+        no_query = self.total_q == 0 or self.batch == 0 or self.max_seqlen_q == 0
+        return no_query or self.max_seqlen_k == 0 or self.total_k == 0
 
 
 def fail(x: Inputs, arg: str, got: str, need: str, kind: type[Exception] = ValueError) -> Exception:
