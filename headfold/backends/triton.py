@@ -12,6 +12,7 @@ import triton.language as tl
 from headfold.backends.launch import launch
 from headfold.kernels.decode import decode_kernel
 from headfold.kernels.fixup import fixup_kernel
+from headfold.kernels.mask_blocks import mask_blocks_kernel
 from headfold.kernels.merge import merge_kernel
 from headfold.kernels.prefill import prefill_kernel
 from headfold.planner.device import interpreter_requested
@@ -29,6 +30,9 @@ KINDS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 MERGE_WIDTH = 32
 # States that it merges at a time, or four times as many: 64 splits of d256 take 15 us with 64, 19 with 16.
 FEW_STATES = 16
+# Keys of a mask that a program of the mask_blocks kernel looks at together, by the size of an element: as many as its
+# registers hold.
+MASK_KEYS = {1: 512, 2: 256, 4: 256}
 NO_FEATURES = (0,) * 26
 
 
@@ -90,6 +94,7 @@ def _allocate_descriptors(size: int, alignment: int, stream: int | None) -> torc
 
 
 def _prefill(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+    lists = _live_blocks(plan, x, x.mask) if x.mask is not None else None
     arguments = (
         *_tensors(x, out, lse),
         *_bounds(plan, x),
@@ -106,12 +111,53 @@ def _prefill(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Non
         x.attention_chunk or OPEN_SIDE,
         0,
         *_feature_arguments(x),
+        address(lists),
+        *(_steps(lists) if lists is not None else (0, 0, 0)),
     )
     variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
     if plan.use_tma:
         triton.set_allocator(_allocate_descriptors)
     launch(prefill_kernel, (plan.tiles, plan.head_units), arguments, variant, options, x.q.device)
+
+
+def _live_blocks(plan: Plan, x: Inputs, mask: torch.Tensor) -> torch.Tensor:
+    """Launch what lists the blocks that a mask leaves alive; the lists, (*plan.mask_lists, 1 + plan.mask_list_blocks)."""
+    sequences, units, tiles = plan.mask_lists
+    lists = x.q.new_empty(*plan.mask_lists, 1 + plan.mask_list_blocks, dtype=torch.int32)
+    arguments = (
+        lists.data_ptr(),
+        lists.shape[3],
+        units,
+        tiles,
+        address(x.seqused_q),
+        address(x.seqused_k),
+        address(x.cache_leftpad),
+        x.q.shape[1],
+        x.k.shape[1],
+        plan.fold,
+        *_band(x),
+        x.attention_chunk or OPEN_SIDE,
+        mask.data_ptr(),
+        _kind(mask),
+        *_steps(mask),
+        mask.stride(3),
+    )
+    size = mask.element_size()
+    variant = {
+        "SIZE": size,
+        "WIDE": wide_mask(x) > 0,
+        "BLOCK_M": plan.block_m,
+        "BLOCK_N": plan.block_n,
+        "KEYS": MASK_KEYS[size],
+    }
+    launch(mask_blocks_kernel, (sequences * units * tiles,), arguments, variant, {"num_warps": 8}, x.q.device)
+    return lists
+
+
+def _steps(t: torch.Tensor) -> tuple[int, ...]:
+    """The first three strides of a tensor, 0 where there is nothing to step to."""
+    return tuple(s if n > 1 else 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True))
 
 
 def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:

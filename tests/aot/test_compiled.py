@@ -57,6 +57,7 @@ def test_a_variant_runs_the_kernel_it_is_there_for(arch: int, report: list[Recor
         "decode64": "decode_kernel",
         "prefill": "prefill_kernel",
         "fixup": "merge_kernel",
+        "blocks": "mask_blocks_kernel",
         "append": "append_kernel",
     }
     assert offenders(report, lambda r: r["kernel"] != kernel[r["form"]], "kernel") == {}
