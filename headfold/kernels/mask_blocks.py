@@ -1,6 +1,6 @@
 """Which blocks of keys a mask leaves alive: a list for every tile, which the loop of a prefill walks.
 
-A branch around the products of a dead block would cost the loop its pipeline; a shorter list costs it nothing.
+A branch around the products of a dead block would cost the loop its pipeline; a list to walk leaves it as it is.
 """
 
 import triton

@@ -254,8 +254,8 @@ def programs(p: Problem, kernel: str, tile: Tile) -> tuple[bool, bool, bool]:
 def mask_lists(p: Problem, tile: Tile, fold: int) -> tuple[tuple[int, int, int], int]:
     """((sequences, head units, tiles) that have a list of live blocks of their own, blocks that a list may hold).
 
-    Of a prefill, that is. A decode reads each key for few rows: a launch before it costs more than it saves, its equal
-    shares would have to be shares of the list, and lengths and left padding leave keys out for nothing.
+    Of a prefill, that is. A decode has none: its equal shares would have to be shares of a list whose length the host
+    does not know, and lengths and left padding leave keys out without another launch.
     """
     sequences, heads, queries, keys = p.mask_sizes
     if keys == 0:

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import triton
 
 from headfold.planner.tiles import padded
-from tests.aot.variants import ATTENTION, FEATURES, MASKS, TENSORS
+from tests.aot.variants import ARCHS, ATTENTION, FEATURES, MASKS, TENSORS
 
 Record = dict[str, Any]
 # Features whose loads and products are those of the plain call, in its tile.
@@ -114,7 +114,7 @@ def test_a_feature_keeps_the_tile_the_loads_and_the_products(
         assert {k: r["plan"][k] for k in tile} == {k: plain["plan"][k] for k in tile}, r["name"]
 
 
-@pytest.mark.parametrize("arch", [80, 90], ids=lambda a: f"sm_{a}")
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda a: f"sm_{a}")
 def test_calls_with_a_mask_keep_asynchronous_copies(
     arch: int, report_of: Callable[[int], list[Record]]
 ) -> None:
@@ -143,7 +143,7 @@ def test_calls_with_a_mask_keep_asynchronous_copies(
     assert lost == {}
 
 
-@pytest.mark.parametrize("arch", [80, 90], ids=lambda a: f"sm_{a}")
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda a: f"sm_{a}")
 def test_lists_of_live_blocks_read_masks_16_bytes_at_a_time(
     arch: int, report_of: Callable[[int], list[Record]]
 ) -> None:
