@@ -13,6 +13,7 @@ import triton.language as tl
 from headfold.backends.launch import Launcher
 from headfold.kernels.decode import decode_kernel
 from headfold.kernels.fixup import fixup_kernel
+from headfold.kernels.mask_blocks import mask_blocks_kernel
 from headfold.kernels.merge import merge_kernel
 from headfold.kernels.prefill import prefill_kernel
 from headfold.planner.device import interpreter_requested
@@ -30,6 +31,9 @@ KINDS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 MERGE_WIDTH = 32
 # States that it merges at a time, or four times as many: 64 splits of d256 take 15 us with 64, 19 with 16.
 FEW_STATES = 16
+# Keys of a mask that a program of the mask_blocks kernel looks at together, by the size of an element: as many as its
+# registers hold.
+MASK_KEYS = {1: 512, 2: 256, 4: 256}
 NO_FEATURES = (0,) * 26
 
 
@@ -114,13 +118,53 @@ def _prefill(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Run
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
     launch = Launcher(prefill_kernel, (plan.tiles, plan.head_units), variant, options, x.q.device)
     feature_arguments = _feature_arguments if has_features(x) else _no_features
+    live_blocks = _no_lists if x.mask is None else _live_blocks(plan, x, x.mask)
 
     def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
         if plan.use_tma:
             triton.set_allocator(_allocate_descriptors)
-        launch((*_tensors(x, out, lse), *numbers, *feature_arguments(x)))
+        lists = live_blocks(x)
+        steps = (0, 0, 0) if lists is None else _steps(lists)
+        launch((*_tensors(x, out, lse), *numbers, *feature_arguments(x), address(lists), *steps))
 
     return run
+
+
+def _no_lists(x: Inputs) -> torch.Tensor | None:
+    """`_live_blocks` of a call without a mask."""
+    return None
+
+
+def _live_blocks(plan: Plan, x: Inputs, mask: torch.Tensor) -> Callable[[Inputs], torch.Tensor | None]:
+    """What lists the blocks that a mask leaves alive, in lists (*plan.mask_lists, 1 + plan.mask_list_blocks)."""
+    sequences, units, tiles = plan.mask_lists
+    shape = (*plan.mask_lists, 1 + plan.mask_list_blocks)
+    before = (shape[3], units, tiles)
+    numbers = (x.q.shape[1], x.k.shape[1], plan.fold, *_band(x), x.attention_chunk or OPEN_SIDE)
+    kind = (_kind(mask), *_steps(mask), mask.stride(3))
+    size = mask.element_size()
+    variant = {
+        "SIZE": size,
+        "WIDE": wide_mask(x) > 0,
+        "BLOCK_M": plan.block_m,
+        "BLOCK_N": plan.block_n,
+        "KEYS": MASK_KEYS[size],
+    }
+    grid = (sequences * units * tiles,)
+    launch = Launcher(mask_blocks_kernel, grid, variant, {"num_warps": 8}, x.q.device)
+
+    def run(x: Inputs) -> torch.Tensor | None:
+        lists = x.q.new_empty(shape, dtype=torch.int32)
+        lengths = (address(x.seqused_q), address(x.seqused_k), address(x.cache_leftpad))
+        launch((lists.data_ptr(), *before, *lengths, *numbers, address(x.mask), *kind))
+        return lists
+
+    return run
+
+
+def _steps(t: torch.Tensor) -> tuple[int, ...]:
+    """The first three strides of a tensor, 0 where there is nothing to step to."""
+    return tuple(s if n > 1 else 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True))
 
 
 def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:

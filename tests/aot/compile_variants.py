@@ -28,6 +28,8 @@ from headfold import backends
 from headfold.planner import DEVICES
 from tests.aot.variants import BATCH, DEVICE_OF, DTYPES, Variant, variants
 
+# Kernels that are launched beside another, and the form of the variants that show them.
+BESIDE = {"merge_kernel": "fixup", "mask_blocks_kernel": "blocks"}
 PRODUCTS = ("HGMMA", "HMMA", "UTCHMMA")
 INSTRUCTIONS = (*PRODUCTS, "LDGSTS", "UTMALDG", "MUFU", "FFMA", "FMUL", "LDG", "STG", "STL", "LDL")
 
@@ -63,7 +65,7 @@ def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
     def compile_only(kernel: Any, grid: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
             name = kernel.fn.__name__
-            if (name == "merge_kernel") == (variant.form == "fixup"):  # each has variants of its own
+            if BESIDE.get(name, "") == (variant.form if variant.form in BESIDE.values() else ""):
                 launches.append((name, kernel.run(*args, grid=grid, warmup=True, **kwargs)))
 
         return launch

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import headfold
-from headfold import reference, shared_prefix
+from headfold import backends, reference, shared_prefix
 from headfold.problem import Inputs
 from tests.cases import assert_accurate
 
@@ -176,3 +176,27 @@ def test_a_thousand_runs_give_the_same_bits() -> None:
         again, again_lse = call(x)
         assert torch.equal(first, again), i
         assert torch.equal(first_lse, again_lse), i
+
+
+def test_a_captured_graph_follows_a_mask_that_changes() -> None:
+    """The list of live blocks is made anew in every replay, in room that the plan fixed; here for the Triton kernel."""
+    q = torch.randn(2, 512, 8, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(2, 1000, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    mask = torch.zeros(1, 8, 512, 1000, device="cuda")
+    x = Inputs(q, k, v, mask=mask.expand(2, -1, -1, -1), num_splits=1)
+    _, plan = backends.plan_of(x)
+    assert (plan.backend, plan.kernel) == ("triton", "prefill")
+    assert plan.mask_list_bytes > 0
+    out, lse = torch.empty_like(q), torch.empty(x.lse_shape, device="cuda")
+    backends.run(x, out, lse)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backends.run(x, out, lse)
+    for live in (0.0, 0.1, 0.5, 1.0):
+        squares = torch.rand(1, 8, 16, 32, device="cuda") < live
+        keep = squares.repeat_interleave(32, 2).repeat_interleave(32, 3)[..., :1000]
+        mask.copy_(torch.randn_like(mask).masked_fill(~keep, float("-inf")))
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_accurate(x, out, lse)
