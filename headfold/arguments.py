@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from headfold import ops, prepared
-from headfold.features import check_features
-from headfold.problem import Inputs, check, check_out
+from headfold.problem import Inputs, check_out
 from headfold.values import check_values, value_checks_enabled
 
 Window = Sequence[int | None] | torch.Tensor
@@ -67,8 +66,7 @@ def check_call(
 
 
 def _check_all(x: Inputs, out: torch.Tensor | None) -> None:
-    check(x)
-    check_features(x)
+    ops.check_inputs(x)
     if out is not None:
         check_out(x, "out", out, x.out_shape, x.q.dtype)
 

@@ -79,9 +79,9 @@ def find(facts: tuple[Any, ...]) -> Any:
     return _kept.get(facts)
 
 
-def keep(facts: tuple[Any, ...], kept: Kept) -> Kept:
-    """Keep something of a checked call; returns it."""
-    if len(_kept) >= MOST:
-        _kept.clear()
-    _kept[facts] = kept
+def keep(facts: tuple[Any, ...], kept: Kept, store: dict[tuple[Any, ...], Any] = _kept) -> Kept:
+    """Keep something of a checked call, in `store` or with the calls of the operators; returns it."""
+    if len(store) >= MOST:
+        store.clear()
+    store[facts] = kept
     return kept

@@ -200,8 +200,6 @@ class Parts:
     largest: int
 
 
-# A bound for programs that never make the same call twice, as in prepared.py.
-MOST = prepared.MOST
 _kept: dict[tuple[Any, ...], Parts | None] = {}  # by all that a call looks like
 _made: dict[tuple[Any, ...], Parts] = {}  # by what they are made from
 # A captured graph holds the addresses of the tensors it was captured with: they stay.
@@ -226,15 +224,8 @@ def _parts_of(x: Inputs, groups: Groups) -> Parts | None:
                 f"{x.caller}: shared_prefix_len and shared_prefix_groups are new in a call that is captured, and "
                 "cannot be copied to the device there; make the same call once before the capture"
             )
-        parts = _make_parts(*made_from)
-        _keep(_made, made_from, parts)
+        parts = prepared.keep(made_from, _make_parts(*made_from), _made)
     return parts
-
-
-def _keep(kept: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
-    if len(kept) >= MOST:
-        kept.clear()
-    kept[key] = value
 
 
 def _pays(x: Inputs, lengths: tuple[int, ...], sizes: tuple[int, ...]) -> bool:
@@ -338,7 +329,7 @@ def _attend_shared(
         if can_share(x):
             check_shared_prefix(x, *groups.of(x.batch))
     if not known:
-        _keep(_kept, facts, _parts_of(x, groups))
+        prepared.keep(facts, _parts_of(x, groups), _kept)
     parts = _kept[facts]
     out, lse = results or empty_results(x)
     if parts is None:

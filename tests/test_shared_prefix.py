@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import headfold
-from headfold import backends, shared_prefix
+from headfold import backends, prepared, shared_prefix
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
 from tests.conftest import CPU, TARGETS, Target
@@ -458,7 +458,7 @@ def test_a_step_copies_nothing_to_the_device(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_prefix, "MOST", 2)
+    monkeypatch.setattr(prepared, "MOST", 2)
     call = step()
     for splits in (0, 1, 2, 3):
         call.run(**call.promise, num_splits=splits)
