@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headfold.backends import device_of
 from headfold.backends.launch import Launcher
 from headfold.backends.triton import ELEMENTS, address
 from headfold.kernels.append import append_kernel
+from headfold.planner.device import interpreter_requested
 from headfold.planner.tiles import next_power_of_two
 from headfold.problem import is_aligned
 
@@ -47,6 +49,7 @@ def constants(x: AppendInputs, turned: torch.Tensor | None = None) -> dict[str, 
         "BLOCK_M": max(1, TILE // max(block_d, block_dv, 16)),
         "ALIGN": 16 // x.k.element_size() if all(is_aligned(t) for t in tensors) else 1,
         **rotary_constants(x.rotary_cos, x.rotary_sin, x.rotary_interleaved),
+        "EARLY": device_of(x.k.device).arch >= (9, 0) and not interpreter_requested(),
     }
 
 
@@ -86,7 +89,8 @@ def prepare(
         *((0, 0, 0) if x.q is None else _strides(x.q, x.cu_seqlens_q)),
         *((0, 0, 0) if x.q is None else _strides(turned, x.cu_seqlens_q)),
     )
-    launch = Launcher(append_kernel, (tiles + q_tiles,), variant, {"num_warps": NUM_WARPS}, x.k.device)
+    options = {"num_warps": NUM_WARPS} | ({"launch_pdl": True} if variant["EARLY"] else {})
+    launch = Launcher(append_kernel, (tiles + q_tiles,), variant, options, x.k.device)
 
     def run(x: AppendInputs, lengths: torch.Tensor, turned: torch.Tensor) -> None:
         addresses = (

@@ -197,7 +197,8 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         chunk,
     )
     variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    early = {"launch_pdl": True} if variant["EARLY"] else {}
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages} | early
     ranges = plan.ranges or items * plan.num_splits
     launch = Launcher(decode_kernel, (ranges * lanes,), variant, options, x.q.device)
     feature_arguments = _feature_arguments if has_features(x) else _no_features

@@ -144,13 +144,16 @@ def decode_kernel(
     `ranges`, see schedule.py. With extent > 0 keys are cut at multiples of extent alone, and each extent has a state
     of its own: a sequence's result does not depend on who computes it, nor on the other sequences.
 
-    A tile that one program computes whole is stored to Out. Else every program stores a state, and merge_kernel, which
-    may start EARLY, while this kernel runs, merges them in the order of their keys.
+    A tile that one program computes whole is stored to Out. Else every program stores a state, and merge_kernel merges
+    them in the order of their keys. EARLY: launched while the kernel before this one ends, and waits for it here; the
+    next one may start while this one runs.
 
     FEATURED knows softcap, sinks, chunks, ALiBi and cache rows, TENSORS masks and trees too, ROTARY turns q: all by
     arguments, each at the price of a branch. WIDE is the element size of a mask that is known to allow wide loads, or 0.
     """
     if EARLY:
+        # In this order: merge_kernel reads lengths before it waits, and an append before this kernel writes them.
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     r = divide(tl.program_id(0), (lanes_magic, lanes_shift))
     lane = tl.program_id(0) - r * lanes
