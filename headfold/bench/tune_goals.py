@@ -98,7 +98,8 @@ def _case(
 
 def _suits(goal: Goal, device: Device) -> bool:
     """True when every case runs in the goal's form: a device of few multiprocessors has no small calls, say."""
-    return all(plan.own_tile for plan in _plans(goal, device, _entries(goal, 64, 4, 3, 1)))
+    smallest = _entries(goal, 16, 4, 2, 1)  # fits any shared memory
+    return all(plan.own_tile for plan in _plans(goal, device, smallest))
 
 
 def _entries(goal: Goal, keys: int, warps: int, stages: int, resident: int) -> tuple[Entry, ...]:
@@ -118,6 +119,7 @@ def candidates(goal: Goal, device: Device) -> list[tuple[Entry, ...]]:
 
     The built-in tile is not among them.
     """
+    assert _suits(goal, device), f"{goal.name} runs in another form"
     seen = {_launches(_plans(goal, device, ()))}
     found = []
     for keys, warps, stages, resident in itertools.product(KEYS, WARPS, STAGES, RESIDENT):
@@ -125,10 +127,11 @@ def candidates(goal: Goal, device: Device) -> list[tuple[Entry, ...]]:
             continue
         entries = _entries(goal, keys, warps, stages, resident)
         plans = _plans(goal, device, entries)
-        assert all(p.own_tile for p in plans), f"{goal.name} runs in another form"
         stages_of = {e.form: e.stages for e in entries}
         fits = all(
-            (p.block_m, p.block_n, p.num_stages, p.resident) == (goal.rows, keys, stages_of[form], resident)
+            p.own_tile
+            and (p.block_m, p.block_n, p.num_stages, p.resident)
+            == (goal.rows, keys, stages_of[form], resident)
             for p, (form, _) in zip(plans, goal.cases, strict=True)
         )
         if fits and (launches := _launches(plans)) not in seen:

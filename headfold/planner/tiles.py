@@ -158,6 +158,9 @@ def decode_tile(
             for f, n in stages_of.items()
         )
 
+    if tile.own and needed(tile) > device.smem:
+        # It runs as it was measured or not at all; rows and pages alike.
+        return decode_tile(rows, d, dv, dtype, form, replace(device, tiles=()), aligned, featured=featured)
     while needed(tile) > device.smem and tile.keys > 16:
         tile = replace(tile, keys=tile.keys // 2)
     while needed(tile) > device.smem and tile.rows > 16:

@@ -259,26 +259,44 @@ def test_features_without_tensors_run_in_own_tiles() -> None:
 def test_own_tiles_fit_shared_memory_and_pages_stay_as_rows(
     device: Any, entries: tuple[Entry, ...], d: int, at: tuple[Form, int]
 ) -> None:
-    """An entry that asks for too much gives way as a built-in tile does, for rows of a cache and pages alike."""
+    """An entry that asks for too much gives way to the built-in tile, for rows of a cache and pages alike."""
     form, rows = at
     mine = replace(device, tiles=entries)
     tile = decode_tile(rows, d, d, torch.bfloat16, form, mine)
     assert tile.rows == decode_tile(rows, d, d, torch.bfloat16, form, device).rows
     assert tile.resident * shared_memory(tile, d, d, torch.bfloat16, paged=form == "pages") <= device.smem
     wanted = entries_for(entries, (form,), rows, 2 * d).get(form)
-    if wanted is not None and (d <= 128 or rows == 16):
-        assert tile.own
-        assert tile.keys <= wanted.keys
-        assert (tile.warps, tile.stages) == (wanted.warps, wanted.stages)
+    if tile.own:
+        assert wanted is not None
+        assert (tile.keys, tile.warps, tile.stages) == (wanted.keys, wanted.warps, wanted.stages)
+        assert tile.resident <= wanted.resident
+    else:
+        assert tile == decode_tile(rows, d, d, torch.bfloat16, form, device)
     if form in ALIKE:
         twins = [decode_tile(rows, d, d, torch.bfloat16, f, mine) for f in ALIKE]
         assert replace(twins[0], stages=0) == replace(twins[1], stages=0)
 
 
-def test_less_shared_memory_means_fewer_keys_and_programs() -> None:
-    big = entry(keys=256, stages=3, resident=2)
-    tile = decode_tile(4, 128, 128, torch.bfloat16, "wave", own(big, device="l4"))
-    assert (tile.keys, tile.resident) == (64, 1)
+def test_an_entry_that_does_not_fit_gives_way_to_the_built_in_tile() -> None:
+    """Too many keys, or too many stages even for 16 keys; too many programs become as many as fit."""
+    for tile in ({"keys": 256, "stages": 3}, {"keys": 16, "stages": 8, "width": 512}):
+        e = entry(**tile)
+        args = (4, e.width // 2, e.width // 2, torch.bfloat16, "wave")
+        assert decode_tile(*args, own(e, device="l4")) == decode_tile(*args, DEVICES["l4"])  # type: ignore[arg-type]
+    tile = decode_tile(
+        4, 128, 128, torch.bfloat16, "wave", own(entry(keys=64, stages=3, resident=2), device="l4")
+    )
+    assert (tile.own, tile.keys, tile.resident) == (True, 64, 1)
+
+
+def test_pages_that_do_not_fit_take_the_rows_with_them() -> None:
+    """Stages of the one alone ask for too much: both run in the built-in tile, and give the same bits."""
+    rows, pages = pair(keys=64, stages=3, resident=1)
+    mine = own(rows, replace(pages, stages=8), device="l4")
+    for form in ALIKE:
+        args = (4, 128, 128, torch.bfloat16, form)
+        assert decode_tile(*args, mine) == decode_tile(*args, DEVICES["l4"])
+        assert decode_tile(*args, own(rows, pages, device="l4")).own
 
 
 @given(problems(), entry_sets(), st.sampled_from(GPUS))
