@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -11,8 +11,11 @@ import torch
 
 import headfold
 from headfold import backends, ops, prepared
-from headfold.planner import DEVICES
+from headfold.append import AppendInputs
+from headfold.append import facts_of as append_facts_of
+from headfold.planner import DEVICES, Plan, device
 from headfold.problem import Inputs
+from tests.planner.tables import pair
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +110,20 @@ def test_every_field_of_the_inputs_is_a_fact() -> None:
         assert prepared.facts_of(replace(x, **{name: other})) != prepared.facts_of(x), name
 
 
+def test_every_field_of_an_append_is_a_fact() -> None:
+    """Likewise."""
+    new = torch.randn(2, 1, 2, 16)
+    x = AppendInputs(torch.randn(2, 8, 2, 16), torch.randn(2, 8, 2, 16), new, new)
+    for field in fields(AppendInputs):
+        value = getattr(x, field.name)
+        other: Any = torch.zeros(3, 5)
+        if isinstance(value, bool):
+            other = not value
+        elif isinstance(value, str):
+            other = "another"
+        assert append_facts_of(replace(x, **{field.name: other})) != append_facts_of(x), field.name
+
+
 def test_a_gradient_is_refused_after_a_call_without(checks: list[Inputs]) -> None:
     """requires_grad and the grad mode are facts: the same tensors may be refused where they were not before."""
     q, k, v = (torch.randn(1, 3, 2, 16) for _ in range(3))
@@ -148,6 +165,35 @@ def test_a_forced_device_is_a_fact(checks: list[Inputs]) -> None:
     with backends.force(DEVICES["h200"]):
         run(x)
     assert len(checks) == 2
+
+
+def test_own_tiles_of_a_device_are_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call runs in the tile of the device in force, whatever was kept before of a call that looks the same."""
+    ran: list[tuple[int, bool]] = []
+
+    def prepare(plan: Plan, *args: Any) -> Callable[..., None]:
+        return lambda *args: ran.append((plan.block_n, plan.own_tile))
+
+    monkeypatch.setattr("headfold.backends.triton.prepare", prepare)
+    x = call(**{name: getattr(call(), name).half() for name in ("q", "k", "v")})
+    built_in = DEVICES["h200"]
+    small, large = (replace(built_in, tiles=pair(16, 32, keys=n)) for n in (32, 128))
+    for on in (built_in, small, large, small, built_in):
+        with backends.force(on):
+            run(x)
+    assert ran == [(256, False), (32, True), (128, True), (32, True), (256, False)]
+
+
+def test_a_kept_call_does_not_look_for_its_devices_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the driver nor a table's file: the file is read once a process, and not even asked for by a call."""
+    x = call()
+    run(x)
+    asked: list[torch.device] = []
+    monkeypatch.setattr(backends, "running_device", lambda where: asked.append(where) or device.cpu_device())
+    run(x)
+    assert asked == []
+    run(replace(x, softcap=2.0))
+    assert asked == [x.q.device]
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from typing import Any
-
 import pytest
 import torch
 
@@ -14,6 +11,7 @@ from headfold.planner import Plan, running_device
 from headfold.planner.hopper import plan_hopper
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
+from tests.hopper_calls import drawn, drawn_ragged
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,63 +44,9 @@ def attend(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def drawn(seed: int) -> Inputs:
-    """Random shapes, strides, windows and masks within what the kernel takes."""
-    r = random.Random(seed)
-    torch.manual_seed(seed)
-    dtype = r.choice((torch.bfloat16, torch.float16))
-    batch, hk, group = r.randint(1, 3), r.randint(1, 3), r.choice((1, 2, 3, 4, 5, 8))
-    sq, sk = r.randint(129, 700), r.randint(1, 900)
-    d, dv = r.choice(
-        ((128, 128), (128, 128), (64, 64), (256, 256), (192, 128), (64, 128), (96, 96), (56, 120))
-    )
-    pad = r.choice((0, 8, 64))  # rows of a wider tensor: strides that are not the sizes'
-    group = min(group, 3) if d == 256 else group
-    q = rand(batch, sq, hk * group, d + pad, dtype=dtype)[..., :d]
-    k = (
-        rand(batch, hk, sk, d, dtype=dtype).transpose(1, 2)
-        if r.random() < 0.5
-        else rand(batch, sk, hk, d, dtype=dtype)
-    )
-    v = rand(batch, sk, hk, dv + pad, dtype=dtype)[..., pad:]
-    window = r.choice(
-        ((-1, -1), (-1, 0), (r.randint(0, 300), 0), (r.randint(0, 300), r.randint(0, 300)), (50, -1))
-    )
-    mask = drawn_mask(r, batch, hk * group, sq, sk) if r.random() < 0.5 else None
-    return Inputs(
-        q,
-        k,
-        v,
-        window_left=window[0] if mask is None else -1,
-        window_right=window[1],
-        bottom_right=r.random() < 0.5,
-        softmax_scale=r.choice((None, 0.0, 0.3)),
-        mask=mask,
-    )
-
-
-def drawn_mask(r: random.Random, batch: int, heads: int, sq: int, sk: int) -> torch.Tensor:
-    """Bool or additive, per batch and head or broadcast, with dead rows and dead blocks."""
-    width = -(-sk // 16) * 16  # rows of 16-byte multiples
-    shape = (r.choice((1, batch)), r.choice((1, heads)), sq, width)
-    if r.random() < 0.4:
-        mask = torch.rand(shape, device="cuda") < r.choice((0.02, 0.5, 0.98))
-        hidden: Any = False
-    else:
-        mask = rand(*shape, dtype=r.choice((torch.bfloat16, torch.float16)))
-        mask[torch.rand(shape, device="cuda") < r.choice((0.0, 0.4))] = -torch.inf
-        hidden = -torch.inf
-    mask[:, :, r.randrange(sq)] = hidden
-    low = r.randrange(sk)
-    mask[..., low : low + r.choice((0, 300))] = hidden
-    if r.random() < 0.3:
-        mask[:, -1] = hidden
-    return mask[..., :sk].expand(batch, heads, sq, sk)
-
-
 @pytest.mark.parametrize("seed", range(100))
 def test_drawn_calls(seed: int) -> None:
-    x = drawn(seed)
+    x = drawn(seed, "cuda")
     assert_accurate(x, *attend(x))
 
 
@@ -186,40 +130,7 @@ def test_rows_whose_biases_are_all_the_lowest_float() -> None:
 @pytest.mark.parametrize("seed", range(60))
 def test_drawn_ragged_calls(seed: int) -> None:
     """Offsets and lengths in device memory; what lies beyond a sequence's end is NaN or another sequence."""
-    r = random.Random(seed)
-    torch.manual_seed(seed)
-    d, dv = r.choice(((128, 128), (64, 64), (256, 256), (192, 128)))
-    batch, hk, group = r.randint(1, 5), r.randint(1, 2), r.choice((1, 3, 4))
-    q_lens = [r.choice((0, 1, 128, r.randint(1, 600))) for _ in range(batch)]
-    k_lens = [r.choice((0, 1, 256, r.randint(1, 900))) for _ in range(batch)]
-    q_lens[0] = 300
-    ints = {"dtype": torch.int32, "device": "cuda"}
-    x = Inputs(rand(1), rand(1), rand(1), window_right=r.choice((-1, 0)), window_left=r.choice((-1, -1, 77)))
-    if r.random() < 0.5:  # ragged q
-        x.q = rand(sum(q_lens) + 5, hk * group, d)
-        x.cu_seqlens_q = torch.tensor([0, *q_lens], **ints).cumsum(0).int()
-        x.max_seqlen_q = max(q_lens)
-    else:
-        x.q = rand(batch, max(q_lens), hk * group, d)
-        x.seqused_q = torch.tensor(q_lens, **ints)
-    if r.random() < 0.5:  # ragged k
-        rows = sum(k_lens) + 5
-        x.k, x.v = rand(rows, hk, d), rand(rows, hk, dv)
-        x.cu_seqlens_k = torch.tensor([0, *k_lens], **ints).cumsum(0).int()
-        x.max_seqlen_k = max(*k_lens, 1)  # a batch without a key is no launch at all
-        x.k[sum(k_lens) :], x.v[sum(k_lens) :] = NAN, NAN
-        if r.random() < 0.5:
-            used = [r.randint(0, n) for n in k_lens]
-            x.seqused_k = torch.tensor(used, **ints)
-            starts = x.cu_seqlens_k.tolist()
-            for n, first, last in zip(used, starts, starts[1:], strict=False):
-                x.k[first + n : last], x.v[first + n : last] = NAN, NAN
-    else:
-        most = max(*k_lens, 1)
-        x.k, x.v = rand(batch, most, hk, d), rand(batch, most, hk, dv)
-        x.seqused_k = torch.tensor(k_lens, **ints)
-        for i, n in enumerate(k_lens):
-            x.k[i, n:], x.v[i, n:] = NAN, NAN
+    x = drawn_ragged(seed, "cuda")
     out, lse = attend(x)
     assert_accurate(x, out, lse)
     again = attend(x)

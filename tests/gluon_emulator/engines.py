@@ -1,0 +1,167 @@
+"""What runs beside the threads: the copy engine and the tensor cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as gl
+
+from tests.gluon_emulator import barriers
+from tests.gluon_emulator.ordering import Access
+from tests.gluon_emulator.scheduler import current
+from tests.gluon_emulator.shared import Shared
+from tests.gluon_emulator.values import GLUON, Tensor, number
+
+
+class Descriptor:
+    """A tensor in global memory as the copy engine knows it."""
+
+    def __init__(self, host: Any) -> None:
+        self.base, self.sizes, self.block_shape, self.layout = (
+            host.base,
+            list(host.shape),
+            list(host.block_shape),
+            host.layout,
+        )
+        self.view = host.base.as_strided(host.shape, host.strides)
+        self.dtype = GLUON[host.base.dtype]
+        size = torch.Size(self.block_shape).numel() * host.base.element_size()
+        self.block_type = SimpleNamespace(nbytes=size, shape=self.block_shape, element_ty=self.dtype)
+
+    def box(self, corner: list[int]) -> torch.Tensor:
+        """The box that begins at `corner`; what lies outside the tensor is 0."""
+        found = torch.zeros(self.block_shape, dtype=self.base.dtype)
+        source, target = [], []
+        for first, extent, size in zip(corner, self.block_shape, self.sizes, strict=True):
+            low = min(max(first, 0), size)
+            high = max(min(first + extent, size), low)
+            source.append(slice(low, high))
+            target.append(slice(low - first, high - first) if high > low else slice(0, 0))
+        found[tuple(target)] = self.view[tuple(source)]
+        return found
+
+
+def tma_load(
+    descriptor: Descriptor, corner: list[Any], bar: Shared, result: Shared, pred: Any = True
+) -> None:
+    """Issue the copy of a box. It is written, and later counted on the barrier, whenever the scheduler says."""
+    thread = current()
+    thread.step()
+    if not pred:
+        return
+    first = [int(number(n)) for n in corner]
+    if result.shape != descriptor.block_shape or result.dtype != descriptor.dtype:
+        raise ValueError(f"a box {descriptor.block_shape} of {descriptor.dtype} copied into {result!r}")
+    if result.layout != descriptor.layout:
+        raise ValueError(f"a box of layout {descriptor.layout} copied into {result.layout}")
+    if first[-1] * descriptor.base.element_size() % 16:
+        raise ValueError(f"a box at column {first[-1]}: it must begin at a multiple of 16 bytes")
+    one = barriers.of(bar)
+    low, high = result.interval()
+    result.history.meet("copy", low, high, thread.clock, thread.name)
+    one.copies += 1
+    engine = f"the engine for {one.name}"
+    result.history.add(Access("copy", low, high, engine, one.copies))
+    clock = {**thread.clock, engine: one.copies}
+    written = False
+
+    def event() -> bool:
+        nonlocal written
+        if not written:
+            result.write(descriptor.box(first))
+            written = True
+            return False
+        one.transfer(descriptor.block_type.nbytes, clock)
+        return True
+
+    thread.scheduler.events.append(event)
+
+
+class Product:
+    """An asynchronous product: its result is there after the wait for it."""
+
+    def __init__(self, compute: Callable[[], torch.Tensor], layout: Any, reads: list[Access]) -> None:
+        self.layout, self.reads = layout, reads
+        self._compute = compute
+        self.result: torch.Tensor | None = None
+        self.finished = False
+
+    def compute(self) -> torch.Tensor:
+        if self.result is None:
+            self.result = self._compute()
+        return self.result
+
+
+def warpgroup_mma(
+    a: Tensor | Shared,
+    b: Shared,
+    acc: Tensor | Product,
+    *,
+    use_acc: Any = True,
+    is_async: bool = False,
+) -> Tensor | Product:
+    """a @ b + acc in float32. Operands in shared memory are read now or, half of the time, at the wait for it."""
+    thread = current()
+    thread.step()
+    _check_operands(a, b, acc, thread.warps)
+    reads = []
+    for one in (a, b):
+        if isinstance(one, Shared):
+            low, high = one.interval()
+            one.history.meet("product", low, high, thread.clock, thread.name)
+            reads.append(one.history.add(Access("product", low, high, thread.name, None)))
+
+    def compute() -> torch.Tensor:
+        left = a.read() if isinstance(a, Shared) else a.data
+        product = left.float() @ b.read().float()
+        if not use_acc:
+            return product
+        return product + (acc.compute() if isinstance(acc, Product) else acc.data)
+
+    product = Product(compute, acc.layout, reads)
+    if thread.scheduler.random.random() < 0.5:
+        product.compute()
+    thread.products.append(product)
+    return product if is_async else warpgroup_mma_wait(0, deps=[product])
+
+
+def _check_operands(a: Tensor | Shared, b: Shared, acc: Tensor | Product, warps: int) -> None:
+    layout = acc.layout
+    if not isinstance(layout, gl.NVMMADistributedLayout):
+        raise ValueError(f"an accumulator of layout {layout}")
+    if warps % 4 or layout.warps_per_cta[0] * layout.warps_per_cta[1] != warps:
+        raise ValueError(f"a product of {warps} warps into {layout}")
+    if isinstance(a, Tensor):
+        rows = getattr(a.layout, "parent", None)  # an accumulator of the width of a's columns
+        of_rows = isinstance(rows, gl.NVMMADistributedLayout) and rows.warps_per_cta == layout.warps_per_cta
+        if not of_rows or a.layout != gl.DotOperandLayout(0, rows, 32 // a.dtype.primitive_bitwidth):
+            raise ValueError(f"the left operand has the layout {a.layout}")
+    if a.dtype != b.dtype:
+        raise ValueError(f"a product of {a.dtype} and {b.dtype}")
+    want = [a.shape[0], b.shape[1]]
+    have = acc.shape if isinstance(acc, Tensor) else want
+    if a.shape[1] != b.shape[0] or have != want:
+        raise ValueError(f"a product of {a.shape} and {b.shape} into {have}")
+
+
+def warpgroup_mma_wait(num_outstanding: int = 0, deps: list[Any] | None = None) -> Any:
+    """Wait until at most `num_outstanding` products are in flight; returns `deps`, of which none may be in flight then."""
+    thread = current()
+    thread.step()
+    if not deps:
+        raise ValueError("warpgroup_mma_wait: deps must be given")
+    while len(thread.products) > num_outstanding:
+        product = thread.products.pop(0)
+        product.compute()
+        product.finished = True
+        for read in product.reads:
+            read.epoch = thread.clock[thread.name]
+    results = []
+    for one in deps:
+        if isinstance(one, Product) and not one.finished:
+            raise RuntimeError(f"{num_outstanding} products may be in flight, and the result of one is used")
+        results.append(Tensor(one.compute(), one.layout) if isinstance(one, Product) else one)
+    return results[0] if len(results) == 1 else tuple(results)

@@ -1,0 +1,314 @@
+"""The functions of Gluon's language, as far as headfold's kernels use them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as gl
+
+from tests.gluon_emulator import barriers, shared
+from tests.gluon_emulator.engines import Descriptor
+from tests.gluon_emulator.scheduler import current
+from tests.gluon_emulator.values import (
+    GLUON,
+    TORCH,
+    Pointer,
+    Scalar,
+    Tensor,
+    Value,
+    binary,
+    common_dtype,
+    number,
+    operands,
+)
+
+
+def program_id(axis: int) -> Scalar:
+    return number(current().program.number if axis == 0 else 0)
+
+
+def num_programs(axis: int) -> Scalar:
+    return number(current().program.programs if axis == 0 else 1)
+
+
+def numbers(*bounds: Any) -> Iterator[Scalar]:
+    """`range` over numbers known at run time."""
+    return (number(i) for i in range(*(int(number(n)) for n in bounds)))
+
+
+def static_range(*bounds: int) -> range:
+    if any(isinstance(n, Value) for n in bounds):
+        raise TypeError(f"static_range{bounds}: its bounds are constants")
+    return range(*bounds)
+
+
+def static_assert(condition: Any, message: str = "") -> None:
+    if isinstance(condition, Value):
+        raise TypeError("static_assert: the condition is known at run time only")
+    assert condition, message
+
+
+def arange(start: int, end: int, layout: Any) -> Tensor:
+    if (end - start) & (end - start - 1):
+        raise ValueError(f"arange({start}, {end}): the length must be a power of 2")
+    return Tensor(torch.arange(start, end, dtype=torch.int32), layout)
+
+
+def full(shape: list[int], value: Any, dtype: Any, layout: Any) -> Tensor:
+    return Tensor(torch.full(shape, Scalar(number(value).value, dtype).value, dtype=TORCH[dtype]), layout)
+
+
+def zeros(shape: list[int], dtype: Any, layout: Any) -> Tensor:
+    return full(shape, 0, dtype, layout)
+
+
+def zeros_like(x: Tensor) -> Tensor:
+    return full(x.shape, 0, x.dtype, x.layout)
+
+
+def convert_layout(x: Tensor, layout: Any) -> Tensor:
+    return Tensor(x.data, layout)
+
+
+def _chosen(of_tensors: Callable[..., torch.Tensor], of_numbers: Callable[..., Any]) -> Callable[..., Any]:
+    def choose(a: Any, b: Any) -> Any:
+        if not isinstance(a, Value) and not isinstance(b, Value):
+            return of_numbers(a, b)
+        dtype = common_dtype(a, b)
+        if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+            return Scalar(of_numbers(number(a).value, number(b).value), dtype)
+        left, right, wrap = operands(a, b, dtype)
+        return wrap(of_tensors(left, right).to(TORCH[dtype]))
+
+    return choose
+
+
+# Of a number and NaN both take the number, as on the GPU.
+maximum = _chosen(torch.fmax, max)
+minimum = _chosen(torch.fmin, min)
+
+
+def cdiv(a: Any, b: Any) -> Any:
+    return binary("floordiv", binary("add", a, b - 1), b) if isinstance(a, Value) else -(-a // b)
+
+
+def where(condition: Tensor | Scalar, a: Any, b: Any) -> Any:
+    dtype = common_dtype(a, b) if isinstance(a, Value) or isinstance(b, Value) else number(a).dtype
+    if isinstance(condition, Scalar):
+        return number(a if condition else b).to(dtype)
+    for one in (a, b):
+        if isinstance(one, Tensor) and one.layout != condition.layout:
+            raise ValueError(f"layouts differ: {condition.layout} and {one.layout}")
+    left, right = (number_or_data(one).to(TORCH[dtype]) for one in (a, b))
+    return Tensor(torch.where(condition.data, left, right), condition.layout)
+
+
+def number_or_data(value: Any) -> torch.Tensor:
+    return value.data if isinstance(value, Tensor) else number(value).one
+
+
+def _elementwise(torch_function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], Any]:
+    return lambda x: Tensor(torch_function(x.data), x.layout)
+
+
+exp2 = _elementwise(torch.exp2)
+log2 = _elementwise(torch.log2)
+
+
+def _reduced(x: Tensor, data: torch.Tensor, axis: int | None) -> Any:
+    if data.dim() == 0:
+        return Scalar(data.item(), GLUON[data.dtype])
+    return Tensor(data, gl.SliceLayout(axis, x.layout))
+
+
+def maximum_of(x: Tensor, axis: int) -> Any:
+    """`gl.max`: NaN is left out, as on the GPU, where there is a number."""
+    if not x.dtype.is_floating():
+        return _reduced(x, x.data.amax(axis), axis)
+    kept = x.data.masked_fill(x.data.isnan(), -torch.inf).amax(axis)
+    return _reduced(x, torch.where(x.data.isnan().all(axis), torch.nan, kept).to(x.data.dtype), axis)
+
+
+def sum_of(x: Tensor, axis: int) -> Any:
+    return _reduced(x, x.data.sum(axis, dtype=x.data.dtype), axis)
+
+
+def reduce(x: Tensor, axis: None, combine: Callable[[Any, Any], Any]) -> Scalar:
+    """All elements of `x` through `combine`, in halves."""
+    if axis is not None:
+        raise NotImplementedError("reduce along one axis")
+    data = x.data.flatten()
+    layout = gl.BlockedLayout([1], [32], [current().warps], [0])
+    while data.numel() > 1:
+        left, right = data.chunk(2)
+        data = combine(Tensor(left, layout), Tensor(right, layout)).data
+    return Scalar(data[0].item(), x.dtype)
+
+
+def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Any:
+    current().step()
+    where_to, memory = pointer.locations(), pointer.memory()
+    live = torch.ones_like(where_to, dtype=torch.bool) if mask is None else number_or_data(mask)
+    _check_addresses(pointer, where_to, live)
+    found = torch.where(live, memory[torch.where(live, where_to, 0)], number(other).one.to(memory.dtype))
+    if isinstance(pointer.offset, Tensor):
+        return Tensor(found, pointer.offset.layout)
+    return Scalar(found.item(), GLUON[memory.dtype])
+
+
+def store(pointer: Pointer, value: Any, mask: Any = None) -> None:
+    current().step()
+    if isinstance(pointer.offset, Tensor):
+        for one in (value, mask):
+            if isinstance(one, Tensor) and one.layout != pointer.offset.layout:
+                raise ValueError(f"layouts differ: {pointer.offset.layout} and {one.layout}")
+    where_to, memory = pointer.locations(), pointer.memory()
+    live = torch.ones_like(where_to, dtype=torch.bool) if mask is None else number_or_data(mask)
+    live = live.expand(where_to.shape)
+    _check_addresses(pointer, where_to, live)
+    data = number_or_data(value).to(memory.dtype).expand(where_to.shape)
+    memory[where_to[live]] = data[live]
+    stored = current().program.stored.get(memory.untyped_storage().data_ptr())
+    if stored is not None:
+        if bool(stored[where_to[live]].any()):
+            raise RuntimeError(f"{pointer!r}: an element is stored twice")
+        stored[where_to[live]] = True
+
+
+def _check_addresses(pointer: Pointer, where_to: torch.Tensor, live: torch.Tensor) -> None:
+    outside = (where_to < 0) | (where_to >= pointer.memory().numel())
+    if bool((outside & live).any()):
+        raise IndexError(
+            f"element {where_to[outside & live].flatten()[0]} of memory of {pointer.memory().numel()}"
+        )
+
+
+def atomic_add(pointer: Pointer, value: Any, sem: str = "acq_rel", scope: str = "gpu") -> Scalar:
+    return _exchange(pointer, lambda old: old + value)
+
+
+def atomic_xchg(pointer: Pointer, value: Any, sem: str = "acq_rel", scope: str = "gpu") -> Scalar:
+    return _exchange(pointer, lambda old: number(value))
+
+
+def _exchange(pointer: Pointer, change: Callable[[Scalar], Scalar]) -> Scalar:
+    current().step()
+    where_to, memory = pointer.locations(), pointer.memory()
+    _check_addresses(pointer, where_to, torch.ones_like(where_to, dtype=torch.bool))
+    old = Scalar(memory[where_to].item(), GLUON[memory.dtype])
+    memory[where_to] = change(old).value
+    return old
+
+
+def inline_asm_elementwise(
+    asm: str, constraints: str, args: list[Tensor], dtype: Any, is_pure: bool, pack: int
+) -> Tensor:
+    """PTX over one tensor of 16-bit elements, `pack` to a 32-bit register; knows shl.b32 and and.b32."""
+    (x,) = args
+    outputs = constraints.count("=r")
+    if pack != 2 or outputs != 2 or x.data.element_size() != 2 or dtype != gl.float32:
+        raise NotImplementedError(f"assembly of {constraints} with {pack} elements a register")
+    registers = {outputs: x.data.contiguous().view(torch.int32).long() & 0xFFFFFFFF}
+    for line in filter(None, (part.strip() for part in asm.split(";"))):
+        match = re.fullmatch(r"(shl|and)\.b32 \$(\d+), \$(\d+), (\w+)", line)
+        if match is None:
+            raise NotImplementedError(f"assembly {line!r}")
+        source, constant = registers[int(match[3])], int(match[4], 0)
+        result = source << constant if match[1] == "shl" else source & constant
+        registers[int(match[2])] = result & 0xFFFFFFFF
+    words = torch.stack([registers[0], registers[1]], -1).flatten(-2)
+    return Tensor(torch.where(words >= 2**31, words - 2**32, words).int().view(torch.float32), x.layout)
+
+
+def warp_specialize(partitions: list[Any], warps: list[int], registers: list[int]) -> None:
+    """Run the functions side by side: the first on this thread, every other on one of its own."""
+    if not len(partitions) - 1 == len(warps) == len(registers):
+        raise ValueError(
+            f"{len(partitions)} partitions, {len(warps)} numbers of warps, {len(registers)} of registers"
+        )
+    me = current()
+    workers = [
+        me.scheduler.spawn(
+            f"{function.__name__} ({me.program.name}, partition {i + 1})",
+            me.program,
+            count,
+            lambda function=function, arguments=arguments: function(*arguments),
+            parent=me,
+        )
+        for i, ((function, arguments), count) in enumerate(zip(partitions[1:], warps, strict=True))
+    ]
+    function, arguments = partitions[0]
+    function(*arguments)
+    me.wait(lambda: all(worker.finished for worker in workers), "the other partitions")
+
+
+LANGUAGE: dict[str, Any] = {
+    "program_id": program_id,
+    "num_programs": num_programs,
+    "static_range": static_range,
+    "static_assert": static_assert,
+    "arange": arange,
+    "full": full,
+    "zeros": zeros,
+    "zeros_like": zeros_like,
+    "convert_layout": convert_layout,
+    "maximum": maximum,
+    "minimum": minimum,
+    "cdiv": cdiv,
+    "where": where,
+    "exp2": exp2,
+    "log2": log2,
+    "max": maximum_of,
+    "sum": sum_of,
+    "reduce": reduce,
+    "load": load,
+    "store": store,
+    "atomic_add": atomic_add,
+    "atomic_xchg": atomic_xchg,
+    "inline_asm_elementwise": inline_asm_elementwise,
+    "allocate_shared_memory": shared.allocate,
+    "barrier": shared.barrier,
+    "thread_barrier": shared.barrier,
+    "warp_specialize": warp_specialize,
+}
+# What needs no emulation: types, layouts, and what marks compile-time values.
+AS_IT_IS = (
+    *("int1", "int8", "uint8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"),
+    *("constexpr", "SliceLayout", "BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout"),
+    *("NVMMASharedLayout", "SwizzledSharedLayout"),
+)
+
+
+class Language:
+    """Stands for the module `triton.experimental.gluon.language`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in LANGUAGE:
+            return LANGUAGE[name]
+        if name in AS_IT_IS:
+            return getattr(gl, name)
+        raise NotImplementedError(f"gl.{name} is not emulated")
+
+
+MBARRIER = SimpleNamespace(
+    init=barriers.init,
+    expect=barriers.expect,
+    arrive=barriers.arrive,
+    wait=barriers.wait,
+    MBarrierLayout=gl.nvidia.hopper.mbarrier.MBarrierLayout,
+)
+
+
+def argument(value: Any, annotation: Any) -> Any:
+    """A launch's argument as the kernel sees it."""
+    if annotation is gl.constexpr or value is None:
+        return value
+    if isinstance(value, torch.Tensor):
+        return Pointer(value, number(0))
+    if hasattr(value, "block_shape"):
+        return Descriptor(value)
+    return Scalar(value, annotation) if isinstance(annotation, gl.dtype) else number(value)
