@@ -71,7 +71,7 @@ def _goals(device: Device, d: int) -> Iterator[Goal]:
     yield Goal(
         16,
         d,
-        tuple(("waves", dense(32, 8, n * fill, sk * 128 // d)) for n, sk in ((4, 8192), (8, 2048))),
+        tuple(("waves", dense(32, 8, n * fill, sk * 128 // d)) for n, sk in ((2, 4096), (8, 2048))),
     )
     yield Goal(16, d, (("few", dense(32, 8, 1, few)),))
     lengths = tuple(n * 128 // d for n in RAGGED_64)

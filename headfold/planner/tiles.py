@@ -78,17 +78,19 @@ MEASURED: dict[tuple[Form, int], tuple[int, int, int, int]] = {
     ("wave", 32): (128 * 128, 4, 3, 1),
     # As wgmma: 32:1 in such tiles 1.16, with 128 keys 1.19.
     ("wave", 64): (64 * 128, 4, 3, 1),
-    # 32:8 b128 s2048 1.047, with 4 warps 1.07; 64 keys and two programs a multiprocessor 1.03 to 1.08, but 1.22 for b64 s8192.
-    ("waves", 16): (128 * 128, 8, 3, 1),
-    # 32:8 b1 s1024: the loop alone 4.4 us in 16 splits of 64 keys, 5.3 in 8 of 128.
-    ("few", 16): (64 * 128, 4, 3, 1),
+    # 32:8 b128 s2048 1.045 x read, with 128 keys 1.076, 1.063 in 8 warps; 64 keys in 5 stages 1.13.
+    ("waves", 16): (64 * 128, 4, 4, 1),
+    # 32:8 b1 s1024 in 16 splits 5.3 us, in 3 stages 5.4, 8 splits of 128 keys 5.4.
+    ("few", 16): (64 * 128, 4, 4, 1),
     # Caches with their lengths on the device: one arithmetic for rows and pages, so that both have the same bits. 64
     # sequences of 32:8 d128 in rows 1.05, with 128 keys and 8 warps 1.042; in pages of 16, 64, 1: 1.067, 1.070, 1.088, with
     # 128 keys 1.16 to 1.21, and with 3 programs 1.29. The look-up of pages takes two stages of the pipeline for itself.
     ("stream", 16): (64 * 128, 4, 3, 2),
     ("pages", 16): (64 * 128, 4, 5, 2),
-    ("stream", 64): (64 * 128, 8, 3, 1),
-    ("pages", 64): (64 * 128, 8, 5, 1),
+    # 8 queries of 32:8 b16 s8192 in rows 1.18 x read, in pages of 16 1.55; 64 keys and one program in 4 warps 1.34 and
+    # 2.36, in 8 warps 1.77 and 2.03; 32 rows of 64 keys 1.18 and 1.43, but 16 queries would read twice: 2.0 and 2.7.
+    ("stream", 64): (32 * 128, 4, 4, 2),
+    ("pages", 64): (32 * 128, 4, 6, 2),
 }
 
 
@@ -144,8 +146,7 @@ def decode_tile(
         tile = Tile(block_m, entry.keys, entry.warps, entry.stages, resident=entry.resident, own=True)
     else:
         size, warps, stages, resident = MEASURED[form, block_m]
-        if form == "waves" and parts and wide > 128:
-            warps = 4  # a head in two parts spills in the loop with 8 (d192)
+        stages_of = {f: MEASURED[f, block_m][2] for f in alike}
         # The largest power of two of keys that is not above the measured size of a block.
         keys = min(256, next_power_of_two(2 * size // (padded(d) + padded(dv)) + 1) // 2)
         keys = min(keys, 64) if block_m == 64 else keys

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 # How a decode shares its keys out, as far as the tile depends on it: equal shares of contiguous keys in one wave of
-# programs, in many, or of few blocks; the stream of contiguous keys; pages.
+# programs, in many of short sequences, or of few blocks; the stream of contiguous keys; pages.
 Form = Literal["wave", "waves", "few", "stream", "pages"]
 # The rows of the tiles that each form has.
 ROWS: dict[Form, tuple[int, ...]] = {

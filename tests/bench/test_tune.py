@@ -162,7 +162,7 @@ def test_rows_and_pages_keep_the_built_in_tile_together(fake: Callable[[Speed], 
 
 def test_several_cases_of_a_form_count_by_their_geometric_mean(fake: Callable[[Speed], Fake]) -> None:
     (found,) = tuned(
-        fake(lambda case, t: (20.0 if case.batch == 64 else 125.0) if is_tile(t, 64, 8) else 100.0), WAVES
+        fake(lambda case, t: (20.0 if case.batch == 32 else 125.0) if is_tile(t, 64, 8) else 100.0), WAVES
     )
     assert found.entry is not None
     assert found.us == pytest.approx(50)

@@ -104,7 +104,7 @@ def test_decode_tiles_fit_shared_memory(
     tile = decode_tile(rows, d, dv, dtype, form, device, aligned, featured=featured)
     check_tile(tile, d, dv, dtype, device, form == "pages")
     assert not tile.tma
-    assert tile.stages == (5 if form == "pages" else 3)
+    assert tile.stages in ((5, 6) if form == "pages" else (3, 4))
     assert 1 <= tile.resident <= 2
     assert tile.resident * shared_memory(tile, d, dv, dtype, paged=form == "pages") <= device.smem
 
