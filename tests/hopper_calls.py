@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,3 +139,25 @@ def drawn_ragged(seed: int, device: str, bounds: Bounds = LARGE_RAGGED) -> Input
         for i, n in enumerate(k_lens):
             x.k[i, n:], x.v[i, n:] = NAN, NAN
     return x
+
+
+def in_pages(x: Inputs, lengths: list[int], page_size: int, garbage_before: int = 0) -> Inputs:
+    """The call with the first `lengths` keys of each dense sequence in shuffled pages.
+
+    Pages that nobody owns and rows past the ends hold NaN, table entries past the ends garbage; entries of pages that
+    end before key `garbage_before` too.
+    """
+    per = [-(-n // page_size) for n in lengths]
+    count, width = sum(per) + 2, max(per) + 1
+    order = torch.randperm(count).tolist()
+    table = torch.full((len(lengths), width), 2**31 - 1, dtype=torch.int32)
+    pools = [t.new_full((count, page_size, *t.shape[2:]), NAN) for t in (x.k, x.v)]
+    for i, n in enumerate(lengths):
+        for j in range(per[i]):
+            first, last = j * page_size, min((j + 1) * page_size, n)
+            if last <= garbage_before:
+                continue
+            table[i, j] = page = order.pop()
+            for pool, t in zip(pools, (x.k, x.v), strict=True):
+                pool[page, : last - first] = t[i, first:last]
+    return replace(x, k=pools[0], v=pools[1], page_table=table.to(x.k.device))

@@ -51,6 +51,7 @@ class Plan:
     search_tiles: bool = False
     aligned: bool = True
     paged: bool = False
+    page_rows: int = 0
     featured: bool = False
     tensor_mask: bool = False
     rotary: bool = False
