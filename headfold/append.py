@@ -6,14 +6,14 @@ launched once a call by `backends/append.py`; the CPU form `backends/cpu_append.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from headfold import backends
+from headfold import backends, prepared
 from headfold.backends.cpu_append import append_on_cpu, rotated_queries
 from headfold.problem import DTYPES, MAX_HEAD_DIM, MAX_SEQLEN
 from headfold.values import value_checks_enabled
@@ -290,20 +290,61 @@ lib.define(
 )
 
 
+def facts_of(x: AppendInputs) -> tuple[Any, ...]:
+    """Everything that checks and launcher look at, as in `prepared.facts_of`."""
+    tensors = (
+        x.k_cache,
+        x.v_cache,
+        x.k,
+        x.v,
+        x.cache_seqlens,
+        x.cu_seqlens_k_new,
+        x.page_table,
+        x.cache_batch_idx,
+        x.rotary_cos,
+        x.rotary_sin,
+        x.rotary_seqlens,
+        x.q,
+        x.cu_seqlens_q,
+    )
+    flags = (x.rotary_interleaved, x.rotary_advances, x.caller)
+    return ("append", *prepared.tensor_facts(tensors), torch.is_grad_enabled(), backends.forced(), *flags)
+
+
 def _append(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     x = AppendInputs(*args, **kwargs)
-    check(x)
+    facts = facts_of(x)
+    run = prepared.find(facts)
+    if run is None:
+        check(x)
     if value_checks_enabled():
         check_values(x)
-    if backends.device_of(x.k_cache.device).is_cpu:
-        lengths = append_on_cpu(x)
-        return lengths, x.k.new_empty((0,)) if x.q is None else rotated_queries(x)
-    lengths, turned = _empty_results(x)
-    if x.batch:
-        from headfold.backends.append import run
+    if run is None:
+        run = prepared.keep(facts, _prepare(x))
+    return run(x)
 
-        run(x, lengths, None if x.q is None else turned)
-    return lengths, turned
+
+def _prepare(x: AppendInputs) -> Callable[[AppendInputs], tuple[torch.Tensor, torch.Tensor]]:
+    """What carries out a checked append, and any that looks like it."""
+    if backends.device_of(x.k_cache.device).is_cpu:
+        return _append_on_cpu
+    if not x.batch:
+        return _empty_results
+    from headfold.backends.append import prepare
+
+    launch = prepare(x, *_empty_results(x))
+
+    def run(x: AppendInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths, turned = _empty_results(x)
+        launch(x, lengths, turned)
+        return lengths, turned
+
+    return run
+
+
+def _append_on_cpu(x: AppendInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    lengths = append_on_cpu(x)
+    return lengths, x.k.new_empty((0,)) if x.q is None else rotated_queries(x)
 
 
 def _append_fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:

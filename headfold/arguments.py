@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 
-from headfold import ops
-from headfold.features import check_features
-from headfold.problem import Inputs, check, check_out
+from headfold import ops, prepared
+from headfold.problem import Inputs, check_out
 from headfold.values import check_values, value_checks_enabled
 
 Window = Sequence[int | None] | torch.Tensor
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+_DEFAULTS = {field.name: field.default for field in fields(Inputs)}
 
 
 def run(
@@ -22,17 +24,29 @@ def run(
     options: dict[str, Any],
     out: torch.Tensor | None,
     want_lse: bool,
+    operators: tuple[Any, Any] = (ops.attention, ops.attention_out),
 ) -> Result:
+    options = _given(options)
+    new, into = operators
     if out is None:
-        result, lse = ops.attention(*tensors, **options)
+        result, lse = new(*tensors, **options)
         return (result, lse) if want_lse else result
     q = tensors[0]
     assert q is not None
     ragged = len(tensors) > 3 and tensors[3] is not None
     lead, rows = (0, q.shape[:-1]) if ragged else (1, q.shape[1:-1])
     lse = q.new_empty((*q.shape[:lead], *reversed(rows)), dtype=torch.float32)
-    ops.attention_out(*tensors, **options, out=out, lse=lse)
+    into(*tensors, **options, out=out, lse=lse)
     return (out, lse) if want_lse else out
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are not at the operator's defaults: telling PyTorch the others takes half as long again."""
+    return {
+        name: value
+        for name, value in options.items()
+        if value is not None and (type(value) not in (int, float, bool) or value != _DEFAULTS[name])
+    }
 
 
 def check_call(
@@ -40,12 +54,21 @@ def check_call(
 ) -> None:
     """Raise all that the operator would raise for these arguments, and launch nothing."""
     x = Inputs(*tensors, **options)  # type: ignore[arg-type]
-    check(x)
-    check_features(x)
-    if out is not None:
-        check_out(x, "out", out, x.out_shape, x.q.dtype)
+    if torch.compiler.is_compiling() or type(x.q) is not torch.Tensor:  # a tracer's tensors lie nowhere
+        _check_all(x, out)
+    else:
+        facts = ("checked", *prepared.facts_of(x, *(() if out is None else (out,))))
+        if prepared.find(facts) is None:
+            _check_all(x, out)
+            prepared.keep(facts, True)
     if value_checks_enabled():
         check_values(x)
+
+
+def _check_all(x: Inputs, out: torch.Tensor | None) -> None:
+    ops.check_inputs(x)
+    if out is not None:
+        check_out(x, "out", out, x.out_shape, x.q.dtype)
 
 
 def require_tensors(caller: str, **tensors: Any) -> None:
@@ -80,6 +103,8 @@ def check_pack_gqa(caller: str, value: Any) -> None:
 
 
 def integer(caller: str, name: str, value: Any) -> int:
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
     if isinstance(value, bool | float):
         raise TypeError(f"{caller}: {name} is {value!r}; it must be an int")
     # A symbolic int passes as it is: operator.index would make torch.compile specialise on its value.
@@ -101,19 +126,26 @@ def number(caller: str, name: str, value: Any, need: str) -> float:
 
 def window_sides(caller: str, window: Any, causal: bool) -> tuple[int, int]:
     """(left, right) with -1 for an open side; causal closes the right side at 0."""
+    if type(window) is not tuple:
+        window = _sides_of(caller, window)
+    if len(window) != 2:
+        raise ValueError(f"{caller}: window_size has {len(window)} entries; it must have two, (left, right)")
+    left, right = (-1 if side is None else integer(caller, "window_size", side) for side in window)
+    return left, 0 if causal else right
+
+
+def _sides_of(caller: str, window: Any) -> Sequence[Any]:
+    """The entries of a window that is no tuple."""
     if isinstance(window, torch.Tensor):
         if window.device.type != "cpu" or window.numel() != 2 or window.is_floating_point():
             raise ValueError(
                 f"{caller}: window_size is a {window.dtype} tensor of shape {tuple(window.shape)} on {window.device}; "
                 "it must hold two integers on the CPU"
             )
-        window = window.flatten().tolist()
+        return window.flatten().tolist()
     if isinstance(window, str) or not isinstance(window, Sequence):
         raise TypeError(f"{caller}: window_size is {window!r}; it must be two of int or None, (left, right)")
-    if len(window) != 2:
-        raise ValueError(f"{caller}: window_size has {len(window)} entries; it must have two, (left, right)")
-    left, right = (-1 if side is None else integer(caller, "window_size", side) for side in window)
-    return left, 0 if causal else right
+    return window
 
 
 def features(

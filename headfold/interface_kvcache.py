@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from headfold import shared_prefix
 from headfold.append import append
 from headfold.arguments import (
     Result,
@@ -64,6 +66,8 @@ def flash_attn_with_kvcache(
     tree_mask: torch.Tensor | None = None,
     tokens_per_split: int | None = None,
     out: torch.Tensor | None = None,
+    shared_prefix_len: int | Sequence[int] | None = None,
+    shared_prefix_groups: Sequence[int] | None = None,
 ) -> Result:
     """Attention against a cache: the decoding step of a language model.
 
@@ -88,6 +92,22 @@ def flash_attn_with_kvcache(
         tree_mask: bool (b, sq, sq), or its bits packed little-endian into uint8 (b, sq, ceil(sq / 8)): which of
             the newest sq keys each query sees, on top of every earlier key.
         scheduler_metadata: what `get_scheduler_metadata` returned.
+        shared_prefix_len: so many leading keys of every sequence of a group lie in the same pages: a multiple of
+            page_size, an int on the host for all groups or a sequence of one for each; 0 or None shares nothing. Those
+            pages are then read once a group (once for every 64 to 128 of its folded rows), not once a sequence,
+            wherever that saves more time than it costs. Needs a page_table: a dense cache is refused, also one of
+            which cache_batch_idx picks a row for several sequences.
+        shared_prefix_groups: sizes of the groups of neighbouring sequences, ints on the host which sum to b; None is
+            one group of all. A group of one shares nothing. `PagedKVCache.shared_prefix` tells both.
+
+    A shared prefix is a promise about memory: it changes speed and the last bits, never the meaning. The table rows of
+    a group begin with the same pages, and every query sees the whole prefix: with causal a sequence has at least
+    shared_prefix_len + its queries - 1 keys (those appended by the call included), with a tree mask
+    shared_prefix_len + its queries. HEADFOLD_CHECK=1 reads that back; without it a broken promise gives wrong results.
+    With a left window, attention_chunk, alibi_slopes, cache_leftpad, cache_batch_idx, or a rotation of q without new
+    keys the argument changes nothing: the pages are then read once per sequence. With tokens_per_split the prefix and
+    the rest are split each for itself, and a sequence's bits depend on its group. A call must have run once with its
+    groups before it is captured into a CUDA graph.
 
     The rest, the errors and the meaning are those of `flash_attn_func`.
     """
@@ -117,6 +137,7 @@ def flash_attn_with_kvcache(
     options["max_seqlen_q"] = bound(caller, "max_seqlen_q", max_seqlen_q)
     options["num_splits"] = _splits_of(scheduler_metadata, options["num_splits"])
     options |= {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
+    groups = shared_prefix.groups_of(caller, shared_prefix_len, shared_prefix_groups)
     options["tree_mask"] = (
         None if tree_mask is None else _tree_bits(q, tree_mask, options["max_seqlen_q"], cu_seqlens_q)
     )
@@ -156,8 +177,13 @@ def flash_attn_with_kvcache(
                 f"{caller}: cache_seqlens is None; appending needs to know where the new keys go"
             )
         # Everything that can be refused is refused before the cache is written.
-        check_call((q, k_cache, v_cache, cu_seqlens_q, None, None, lengths, page_table), options, out)
+        tensors: tuple[torch.Tensor | None, ...] = (
+            *(q, k_cache, v_cache, cu_seqlens_q, None, None, lengths, page_table),
+        )
+        check_call(tensors, options, out)
         _check_new_batch(k, cu_seqlens_k_new, _batch(q, cu_seqlens_q))
+        if groups is not None:
+            shared_prefix.check_append(tensors, options, groups, k, cu_seqlens_k_new)
         lengths, turned = append(
             k_cache,
             v_cache,
@@ -180,9 +206,11 @@ def flash_attn_with_kvcache(
             # The append has rotated it in its launch: the angles' loads would stand at the head of every program here.
             q = turned
             options = {name: value for name, value in options.items() if not name.startswith("rotary")}
-    return run(
-        (q, k_cache, v_cache, cu_seqlens_q, None, None, lengths, page_table), options, out, return_softmax_lse
-    )
+    tensors = (q, k_cache, v_cache, cu_seqlens_q, None, None, lengths, page_table)
+    if groups is None:
+        return run(tensors, options, out, return_softmax_lse)
+    options |= {"prefix_lengths": groups.lengths, "group_sizes": groups.sizes}
+    return run(tensors, options, out, return_softmax_lse, shared_prefix.OPERATORS)
 
 
 @dataclass(frozen=True, slots=True)

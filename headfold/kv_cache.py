@@ -151,6 +151,20 @@ class PagedKVCache:
             pages += 1
         return min((min(pages * self.page_size, s.length) for s in sequences), default=0)
 
+    def shared_prefix(self, ids: Ints) -> tuple[list[int], list[int]]:
+        """(shared_prefix_len, shared_prefix_groups) of `flash_attn_with_kvcache` for `ids` in their order.
+
+        A group are neighbours that hold their first tokens in the same pages, and its prefix is all that they have in
+        common, whole pages only. It is parted where fewest pages are common, and its parts again, if that shares more
+        tokens, counted as prefix x (sequences - 1) over its groups: beams of several requests behind one system prompt
+        become a group for each request once the requests are longer than it. A sequence that shares nothing with its
+        neighbours is a group of one, with all its whole pages. Known on the host; nothing is read from the device.
+        Forks side by side make large groups. Queries must stand past the prefix: append their tokens first, or have the
+        call do it. An id may come more than once.
+        """
+        found = self._ledger.families(self._ids("shared_prefix", ids, distinct=False))
+        return [pages * self.page_size for pages, _ in found], [n for _, n in found]
+
     def allocate(self, num_tokens: Ints = 0) -> list[int]:
         """Make new, empty sequences with pages reserved for num_tokens tokens; a list makes one for each entry.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 
 class OutOfPages(RuntimeError):
@@ -112,6 +113,11 @@ class Ledger:
             cells += [(i, first + j, page) for j, page in enumerate(tail) if had[j : j + 1] != [page]]
         return cells
 
+    def families(self, ids: list[int]) -> list[tuple[int, int]]:
+        """(whole pages in common, sequences) of neighbours with a common beginning, parted where that shares more."""
+        full = [s.pages[: s.length // self.page_size] for s in (self.sequences[i] for i in ids)]
+        return _families([len(pages) for pages in full], [_common_start(a, b) for a, b in pairwise(full)])
+
     def commit(self, change: Change) -> None:
         """Do the change; `refuse_if_out` let it through."""
         for _ in range(change.taken):
@@ -172,3 +178,53 @@ class Ledger:
         """True when the next token of s would go into a page that another sequence reads."""
         first, used = divmod(s.length, self.page_size)
         return used > 0 and self.owners[s.pages[first]] > 1
+
+
+def _common_start(a: list[int], b: list[int]) -> int:
+    """How many leading entries are the same, by bisection: comparing slices is fast."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+@dataclass(slots=True)
+class Family:
+    """Neighbours that begin with the same `pages`, and the groups of (pages, sequences) that share most of them."""
+
+    pages: int
+    size: int = 0
+    groups: list[tuple[int, int]] = field(default_factory=list)
+    saved: int = 0  # pages that need not be read again when each group reads its common ones once
+
+    def take(self, part: Family) -> None:
+        """Have another part, whose sequences have these pages and maybe more in common."""
+        self.size += part.size
+        self.groups += part.groups
+        self.saved += part.saved
+
+    def whole_or_parted(self) -> Family:
+        """One group, or its parts' where they share more; without a page in common always its parts'."""
+        whole = self.pages * (self.size - 1)
+        if self.pages and whole >= self.saved:
+            self.groups, self.saved = [(self.pages, self.size)], whole
+        return self
+
+
+def _families(full: list[int], common: list[int]) -> list[tuple[int, int]]:
+    """Groups of sequences with so many pages, of which each has `common` with the next.
+
+    Families lie within one another; `path` are those that the sequence at hand is in, the outermost first.
+    """
+    path = [Family(0)]
+    for pages, shared in zip(full, [*common, 0][: len(full)], strict=True):
+        done = Family(pages, 1, [(pages, 1)])
+        while path[-1].pages > shared:
+            # The sequence is the last of this family.
+            path[-1].take(done)
+            done = path.pop().whole_or_parted()
+        if path[-1].pages < shared:
+            path.append(Family(shared))
+        path[-1].take(done)
+    return path[0].groups

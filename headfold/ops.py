@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from headfold import prepared
+from headfold import backends, prepared
 from headfold.features import check_features
 from headfold.merge import check_combine, combine_shapes, run_combine
 from headfold.problem import Inputs, check, check_out
 from headfold.values import check_values, value_checks_enabled
 
-_ARGS = (
+ARGS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
     "Tensor? seqused_q=None, Tensor? seqused_k=None, Tensor? page_table=None, "
     "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, float? softmax_scale=None, "
@@ -31,18 +31,20 @@ _COMBINE_ARGS = "Tensor out_partial, Tensor lse_partial, Tensor? cu_seqlens=None
 
 lib = torch.library.Library("headfold", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-lib.define(f"attention({_ARGS}) -> (Tensor, Tensor)", tags=_TAGS)
-lib.define(f"attention_out({_ARGS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()", tags=_TAGS)
+lib.define(f"attention({ARGS}) -> (Tensor, Tensor)", tags=_TAGS)
+lib.define(f"attention_out({ARGS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()", tags=_TAGS)
 lib.define(f"combine({_COMBINE_ARGS}, ScalarType? out_dtype=None) -> (Tensor, Tensor)", tags=_TAGS)
 lib.define(f"combine_out({_COMBINE_ARGS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()", tags=_TAGS)
 
 
-def _check(x: Inputs) -> None:
+def check_inputs(x: Inputs) -> None:
+    """Raise on the first argument that does not fit. Reads no device memory."""
     check(x)
     check_features(x)
 
 
-def _empty_results(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_results(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """New output and LSE of checked inputs."""
     return x.q.new_empty(x.out_shape), x.q.new_empty(x.lse_shape, dtype=torch.float32)
 
 
@@ -51,45 +53,50 @@ def _attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     facts = prepared.facts_of(x)
     run = prepared.find(facts)
     if run is None:
-        _check(x)
+        check_inputs(x)
     if value_checks_enabled():
         check_values(x)
-    out, lse = _empty_results(x)
+    out, lse = empty_results(x)
     if run is None:
-        run = prepared.keep(facts, x, out)
+        run = prepared.keep(facts, backends.prepare(x, out, lse))
     run(x, out, lse)
     return out, lse
 
 
 def _attention_fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     x = Inputs(*args, **kwargs)
-    _check(x)
-    return _empty_results(x)
+    check_inputs(x)
+    return empty_results(x)
 
 
-def _check_results(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+def check_results(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Raise unless the results of checked inputs fit into `out` and `lse`."""
     check_out(x, "out", out, x.out_shape, x.q.dtype)
     check_out(x, "lse", lse, x.lse_shape, torch.float32)
 
 
-def _attention_out(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:
-    x = Inputs(*args, **kwargs)
+def attend(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Check inputs and results unless a call that looks the same was checked before, and compute attention into them."""
     facts = prepared.facts_of(x, out, lse)
     run = prepared.find(facts)
     if run is None:
-        _check(x)
-        _check_results(x, out, lse)
+        check_inputs(x)
+        check_results(x, out, lse)
     if value_checks_enabled():
         check_values(x)
     if run is None:
-        run = prepared.keep(facts, x, out)
+        run = prepared.keep(facts, backends.prepare(x, out, lse))
     run(x, out, lse)
+
+
+def _attention_out(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:
+    attend(Inputs(*args, **kwargs), out, lse)
 
 
 def _attention_out_fake(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:
     x = Inputs(*args, **kwargs)
-    _check(x)
-    _check_results(x, out, lse)
+    check_inputs(x)
+    check_results(x, out, lse)
 
 
 def _combine(

@@ -161,10 +161,11 @@ def _attentions(model: Model) -> Iterator[Callable[[], None]]:
 
 
 def _appends(model: Model) -> Iterator[Callable[[], None]]:
-    from headfold.backends.append import run
+    from headfold.backends.append import prepare
 
     for x in appends_of(model):
-        yield partial(run, x, _meta(x.batch))
+        lengths, turned = _meta(x.batch), _meta(0, dtype=x.k.dtype)
+        yield partial(prepare(x, lengths, turned), x, lengths, turned)
 
 
 def device_of_arch(arch: str) -> Device:

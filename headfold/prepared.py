@@ -7,19 +7,27 @@ earlier one passes the same checks and runs the same way. Looking that up takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 
 from headfold import backends
 from headfold.problem import Inputs
 
-Runner = Callable[[Inputs, torch.Tensor, torch.Tensor], None]
+Kept = TypeVar("Kept")
 
 # A bound for programs that never make the same call twice; past it everything is forgotten and learnt again.
 MOST = 4096
-_kept: dict[tuple[Any, ...], Runner] = {}
+_kept: dict[tuple[Any, ...], Any] = {}
+
+
+def tensor_facts(tensors: Iterable[torch.Tensor | None]) -> list[Any]:
+    """What checks, planner and launcher look at of tensors."""
+    return [
+        None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15, t.requires_grad)
+        for t in tensors
+    ]
 
 
 def facts_of(x: Inputs, *results: torch.Tensor) -> tuple[Any, ...]:
@@ -45,12 +53,7 @@ def facts_of(x: Inputs, *results: torch.Tensor) -> tuple[Any, ...]:
         *results,
     )
     return (
-        *[
-            None
-            if t is None
-            else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15, t.requires_grad)
-            for t in tensors
-        ],
+        *tensor_facts(tensors),
         torch.is_grad_enabled(),
         backends.forced(),
         x.max_seqlen_q,
@@ -71,14 +74,14 @@ def facts_of(x: Inputs, *results: torch.Tensor) -> tuple[Any, ...]:
     )
 
 
-def find(facts: tuple[Any, ...]) -> Runner | None:
-    """How a call with these facts runs, None if there was none yet."""
+def find(facts: tuple[Any, ...]) -> Any:
+    """What was kept of a call with these facts, None if there was none yet."""
     return _kept.get(facts)
 
 
-def keep(facts: tuple[Any, ...], x: Inputs, out: torch.Tensor) -> Runner:
-    """Plan a checked call and keep how it runs."""
-    if len(_kept) >= MOST:
-        _kept.clear()
-    run = _kept[facts] = backends.prepare(x, out)
-    return run
+def keep(facts: tuple[Any, ...], kept: Kept, store: dict[tuple[Any, ...], Any] = _kept) -> Kept:
+    """Keep something of a checked call, in `store` or with the calls of the operators; returns it."""
+    if len(store) >= MOST:
+        store.clear()
+    store[facts] = kept
+    return kept

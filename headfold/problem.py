@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from headfold.extras import extras_of
+from headfold.mask_layout import mask_sizes
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 256
@@ -119,7 +120,8 @@ class Problem:
     Lengths are upper bounds known on the host (capacities), never values read from a device.
     `total_q` and `total_k` bound the sums over the batch. Window sides are None when open. `featured` is whether the
     call asks for anything but plain attention over a band of keys, `tensor_mask` whether for a mask or a tree,
-    `rotary` whether q is to be rotated; `wide_mask` is the element size of a mask that allows wide loads.
+    `rotary` whether q is to be rotated; `wide_mask` is the element size of a mask that allows wide loads, `mask_sizes`
+    how many sequences, heads, queries and keys of a mask tensor differ (`headfold/mask_layout.py`).
     `extras` names what a kernel for common calls may leave to a general one (`headfold/extras.py`).
     """
 
@@ -153,6 +155,7 @@ class Problem:
     featured: bool = False
     rotary: bool = False
     wide_mask: int = 0
+    mask_sizes: tuple[int, int, int, int] = (0, 0, 0, 0)
     extras: tuple[str, ...] = ()
 
     @property
@@ -169,7 +172,8 @@ class Problem:
     @property
     def is_empty(self) -> bool:
         """True when no kernel has anything to do: no query row, or no key anywhere."""
-        return self.total_q == 0 or self.batch == 0 or self.max_seqlen_k == 0 or self.total_k == 0
+        no_query = self.total_q == 0 or self.batch == 0 or self.max_seqlen_q == 0
+        return no_query or self.max_seqlen_k == 0 or self.total_k == 0
 
 
 def fail(x: Inputs, arg: str, got: str, need: str, kind: type[Exception] = ValueError) -> Exception:
@@ -425,5 +429,6 @@ def problem_of(x: Inputs, out: torch.Tensor | None = None) -> Problem:
         featured=has_features(x),
         rotary=x.rotary_cos is not None,
         wide_mask=wide_mask(x),
+        mask_sizes=mask_sizes(x),
         extras=extras_of(x, out),
     )

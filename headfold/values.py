@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -54,6 +55,54 @@ def check_values(x: Inputs) -> None:
                     raise fail(
                         x, "page_table", f"[{row}, {j}] is {page}", f"a page index must be 0 to {pages - 1}"
                     )
+
+
+def check_shared_prefix(
+    x: Inputs, lengths: Sequence[int], sizes: Sequence[int], new: Sequence[int] | None = None
+) -> None:
+    """Read lengths and page table and raise on the first sequence that breaks the promise of its group's prefix.
+
+    Args:
+        x: checked inputs with a page table.
+        lengths: shared keys of each group, of whole pages.
+        sizes: sequences of each group.
+        new: keys that are still to be appended to each sequence, None for none.
+
+    Raises:
+        ValueError: a sequence whose first pages are others than those of its group's first sequence, or of which some
+            query does not see the whole prefix.
+    """
+    assert x.page_table is not None
+    assert x.seqused_k is not None
+    table, keys = x.page_table.tolist(), x.seqused_k.tolist()
+    queries = [x.q.shape[1]] * x.batch if x.cu_seqlens_q is None else _lengths(x.cu_seqlens_q)
+    first = 0
+    for shared, size in zip(lengths, sizes, strict=True):
+        pages = table[first][: shared // x.k.shape[1]]
+        for i in range(first, first + size if shared else first):
+            for j, (page, other) in enumerate(zip(table[i], pages, strict=False)):
+                if page != other:
+                    need = (
+                        f"it must be {other} as in row {first}, if the first {shared} keys of both are shared"
+                    )
+                    raise fail(x, "page_table", f"[{i}, {j}] is {page}", need)
+            there = keys[i] + (new[i] if new else 0)
+            least = shared + _keys_past_a_prefix(x, queries[i])
+            if there < least:
+                need = f"sequence {i} has {there} keys, and all of its {queries[i]} queries see so many from {least} on"
+                raise fail(x, "shared_prefix_len", f"is {shared}", need)
+        first += size
+
+
+def _keys_past_a_prefix(x: Inputs, queries: int) -> int:
+    """Keys that must follow a prefix for every query to see all of it."""
+    if x.tree_mask is not None:
+        return queries
+    return max(0, queries - 1 - x.window_right) if x.window_right >= 0 else 0
+
+
+def _lengths(offsets: torch.Tensor) -> list[int]:
+    return [b - a for a, b in pairwise(offsets.tolist())]
 
 
 def check_combine_values(

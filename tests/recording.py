@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from headfold import prepared
+from headfold import backends, prepared
 from headfold.problem import Inputs
 
 
 def run_instead(
     monkeypatch: pytest.MonkeyPatch, run: Callable[[Inputs, torch.Tensor, torch.Tensor], None]
 ) -> None:
-    """Checked calls of the attention operators come to `run` with (inputs, out, lse). Nothing is kept."""
+    """Checked calls of the attention operators come to `run` with (inputs, out, lse). Nothing is found."""
     monkeypatch.setattr(prepared, "find", lambda facts: None)
-    monkeypatch.setattr(prepared, "keep", lambda facts, x, out: run)
+    monkeypatch.setattr(backends, "prepare", lambda x, out, lse: run)

@@ -59,7 +59,7 @@ def test_bench_from_measuring_to_a_picture(tmp_path: Path) -> None:
         "bench", "--device", "cpu", "--rounds", "2", "--json", str(file), "--against", "sdpa-folded,fa3"
     )
     result = Result.load(file)
-    assert len(result.cases) == 7
+    assert len(result.cases) == 8
     for name in result.cases:
         own = result.own(name)
         assert own is not None, result.of_case(name)
@@ -198,6 +198,10 @@ def test_plan_of_a_case() -> None:
         (["--heads", "8", "--dtype", "fp8"], "--dtype is 'fp8'"),
         (["--heads", "8", "--device", "abacus"], "--device is 'abacus'"),
         (["--case", "nothing"], "--case is 'nothing'"),
+        (
+            ["--case", "llama3-8b-prefix8192-paged16-b64-s8704"],
+            "which shares a prefix: its call has two plans",
+        ),
     ],
 )
 def test_plan_refuses_in_one_line(args: list[str], message: str) -> None:

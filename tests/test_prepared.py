@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -11,6 +11,8 @@ import torch
 
 import headfold
 from headfold import backends, ops, prepared
+from headfold.append import AppendInputs
+from headfold.append import facts_of as append_facts_of
 from headfold.planner import DEVICES
 from headfold.problem import Inputs
 
@@ -105,6 +107,20 @@ def test_every_field_of_the_inputs_is_a_fact() -> None:
         elif value is None and "Tensor" not in Inputs.__annotations__[name]:
             other = 7
         assert prepared.facts_of(replace(x, **{name: other})) != prepared.facts_of(x), name
+
+
+def test_every_field_of_an_append_is_a_fact() -> None:
+    """Likewise."""
+    new = torch.randn(2, 1, 2, 16)
+    x = AppendInputs(torch.randn(2, 8, 2, 16), torch.randn(2, 8, 2, 16), new, new)
+    for field in fields(AppendInputs):
+        value = getattr(x, field.name)
+        other: Any = torch.zeros(3, 5)
+        if isinstance(value, bool):
+            other = not value
+        elif isinstance(value, str):
+            other = "another"
+        assert append_facts_of(replace(x, **{field.name: other})) != append_facts_of(x), field.name
 
 
 def test_a_gradient_is_refused_after_a_call_without(checks: list[Inputs]) -> None:

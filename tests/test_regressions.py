@@ -89,6 +89,15 @@ def test_empty_batch_empty_q_and_empty_k(
     assert_accurate(x, out, lse)
 
 
+def test_rows_of_no_sequence(target: Target) -> None:
+    """Ragged q with rows behind its last offset, and no query in any sequence: the bound of the lengths is 0, by which
+    planners divide."""
+    x = make([0, 0], [5, 9], q_layout="ragged", kv_layout="paged", slack=0, device=target.device)
+    x.q = torch.full((3, *x.q.shape[1:]), float("nan"), dtype=x.q.dtype, device=x.q.device)
+    assert x.max_seqlen_q == 0
+    attend(x)
+
+
 @pytest.mark.parametrize(("sq", "sk"), [(5, 9), (9, 5), (1, 7), (130, 70), (70, 130)])
 def test_causal_with_other_lengths_is_aligned_bottom_right(target: Target, sq: int, sk: int) -> None:
     """`j <= i` is right only for sq == sk. The last query sees the last key: `j <= i + sk - sq`, where the shift

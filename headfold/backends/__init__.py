@@ -45,17 +45,21 @@ def forced() -> Device | None:
     return _forced
 
 
-def prepare(x: Inputs, out: torch.Tensor) -> Callable[[Inputs, torch.Tensor, torch.Tensor], None]:
-    """Plan checked inputs whose output goes to `out`; returns what runs them, and any call that looks the same."""
+def prepare(
+    x: Inputs, out: torch.Tensor, lse: torch.Tensor
+) -> Callable[[Inputs, torch.Tensor, torch.Tensor], None]:
+    """Plan checked inputs and where their results go; returns what runs them, and any call that looks the same."""
     _, plan = plan_of(x, out)
     if plan.kernel == "none":
         return _nothing
+    if plan.backend == "triton":
+        from headfold.backends.triton import prepare as prepare_plan
+
+        return prepare_plan(plan, x, out, lse)
     if plan.backend == "cpu":
         from headfold.backends.cpu import run as run_plan
-    elif plan.backend == "hopper":
-        from headfold.backends.hopper import run as run_plan
     else:
-        from headfold.backends.triton import run as run_plan
+        from headfold.backends.hopper import run as run_plan
     return partial(run_plan, plan)
 
 
@@ -70,4 +74,4 @@ def _nothing(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
 
 def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Compute attention of checked inputs into `out` (x.out_shape) and `lse` (x.lse_shape, float32)."""
-    prepare(x, out)(x, out, lse)
+    prepare(x, out, lse)(x, out, lse)

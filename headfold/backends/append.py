@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headfold.backends.launch import launch
+from headfold.backends import device_of
+from headfold.backends.launch import Launcher
 from headfold.backends.triton import ELEMENTS, address
 from headfold.kernels.append import append_kernel
+from headfold.planner.device import interpreter_requested
 from headfold.planner.tiles import next_power_of_two
 from headfold.problem import is_aligned
 
@@ -46,32 +49,22 @@ def constants(x: AppendInputs, turned: torch.Tensor | None = None) -> dict[str, 
         "BLOCK_M": max(1, TILE // max(block_d, block_dv, 16)),
         "ALIGN": 16 // x.k.element_size() if all(is_aligned(t) for t in tensors) else 1,
         **rotary_constants(x.rotary_cos, x.rotary_sin, x.rotary_interleaved),
+        "EARLY": device_of(x.k.device).arch >= (9, 0) and not interpreter_requested(),
     }
 
 
-def run(x: AppendInputs, lengths: torch.Tensor, turned: torch.Tensor | None = None) -> None:
-    """Append checked inputs in place, in one launch; `lengths` (b,) int32 is written in full, and so is `turned`, a
-    contiguous tensor of q's shape and dtype, which is there where q is."""
-    variant = constants(x, turned)
+def prepare(
+    x: AppendInputs, lengths: torch.Tensor, turned: torch.Tensor
+) -> Callable[[AppendInputs, torch.Tensor, torch.Tensor], None]:
+    """What appends checked inputs in place, in one launch, and any that look like them.
+
+    It writes `lengths` (b,) int32 in full, and so `turned`, a contiguous tensor of q's shape and dtype where there is q.
+    """
+    variant = constants(x, None if x.q is None else turned)
     heads, block_m = x.k.shape[-2], variant["BLOCK_M"]
     per_sequence, tiles = _tiles(x.k, x.cu_seqlens_k_new, x.batch, block_m)
     q_per_sequence, q_tiles = (0, 0) if x.q is None else _tiles(x.q, x.cu_seqlens_q, x.batch, block_m)
-    arguments = (
-        x.k_cache.data_ptr(),
-        x.v_cache.data_ptr(),
-        x.k.data_ptr(),
-        x.v.data_ptr(),
-        lengths.data_ptr(),
-        address(x.q),
-        address(turned),
-        address(x.rotary_cos),
-        address(x.rotary_sin),
-        address(x.cache_seqlens),
-        address(x.cu_seqlens_k_new),
-        address(x.page_table),
-        address(x.cache_batch_idx),
-        address(x.rotary_seqlens),
-        address(x.cu_seqlens_q),
+    numbers = (
         0 if x.cu_seqlens_k_new is not None else x.k.shape[1],
         x.batch,
         tiles,
@@ -94,10 +87,32 @@ def run(x: AppendInputs, lengths: torch.Tensor, turned: torch.Tensor | None = No
         0 if x.q is None else x.q.shape[-2],
         int(x.rotary_advances),
         *((0, 0, 0) if x.q is None else _strides(x.q, x.cu_seqlens_q)),
-        *((0, 0, 0) if turned is None else _strides(turned, x.cu_seqlens_q)),
+        *((0, 0, 0) if x.q is None else _strides(turned, x.cu_seqlens_q)),
     )
-    options = {"num_warps": NUM_WARPS}
-    launch(append_kernel, (tiles + q_tiles,), arguments, variant, options, x.k.device)
+    options = {"num_warps": NUM_WARPS} | ({"launch_pdl": True} if variant["EARLY"] else {})
+    launch = Launcher(append_kernel, (tiles + q_tiles,), variant, options, x.k.device)
+
+    def run(x: AppendInputs, lengths: torch.Tensor, turned: torch.Tensor) -> None:
+        addresses = (
+            x.k_cache.data_ptr(),
+            x.v_cache.data_ptr(),
+            x.k.data_ptr(),
+            x.v.data_ptr(),
+            lengths.data_ptr(),
+            address(x.q),
+            0 if x.q is None else turned.data_ptr(),
+            address(x.rotary_cos),
+            address(x.rotary_sin),
+            address(x.cache_seqlens),
+            address(x.cu_seqlens_k_new),
+            address(x.page_table),
+            address(x.cache_batch_idx),
+            address(x.rotary_seqlens),
+            address(x.cu_seqlens_q),
+        )
+        launch((*addresses, *numbers))
+
+    return run
 
 
 def _tiles(t: torch.Tensor, offsets: torch.Tensor | None, batch: int, block_m: int) -> tuple[int, int]:

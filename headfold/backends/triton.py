@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from headfold.backends.launch import launch
+from headfold.backends.launch import Launcher
 from headfold.kernels.decode import decode_kernel
 from headfold.kernels.fixup import fixup_kernel
+from headfold.kernels.mask_blocks import mask_blocks_kernel
 from headfold.kernels.merge import merge_kernel
 from headfold.kernels.prefill import prefill_kernel
 from headfold.planner.device import interpreter_requested
@@ -29,15 +31,22 @@ KINDS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 MERGE_WIDTH = 32
 # States that it merges at a time, or four times as many: 64 splits of d256 take 15 us with 64, 19 with 16.
 FEW_STATES = 16
+# Keys of a mask that a program of the mask_blocks kernel looks at together, by the size of an element: as many as its
+# registers hold.
+MASK_KEYS = {1: 512, 2: 256, 4: 256}
 NO_FEATURES = (0,) * 26
 
 
-def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Launch what the plan says. `out` (x.out_shape) and `lse` (x.lse_shape, float32) are written in full."""
-    if plan.kernel == "decode":
-        _decode(plan, x, out, lse)
-    else:
-        _prefill(plan, x, out, lse)
+Runner = Callable[[Inputs, torch.Tensor, torch.Tensor], None]
+
+
+def prepare(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
+    """What runs a plan, for a call that looks like (x, out, lse) in all that `prepared.facts_of` looks at.
+
+    It takes such a call's inputs, `out` (x.out_shape) and `lse` (x.lse_shape, float32), and writes both in full. All
+    that does not lie at an address of its own is turned into launch arguments here, once.
+    """
+    return (_decode if plan.kernel == "decode" else _prefill)(plan, x, out, lse)
 
 
 def _out_strides(x: Inputs, t: torch.Tensor) -> tuple[int, int, int]:
@@ -89,9 +98,8 @@ def _allocate_descriptors(size: int, alignment: int, stream: int | None) -> torc
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _prefill(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
-    arguments = (
-        *_tensors(x, out, lse),
+def _prefill(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
+    numbers = (
         *_bounds(plan, x),
         plan.fold,
         x.q.shape[-2] // x.k.shape[-2],
@@ -105,102 +113,132 @@ def _prefill(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Non
         *_scales(x),
         x.attention_chunk or OPEN_SIDE,
         0,
-        *_feature_arguments(x),
     )
     variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    if plan.use_tma:
-        triton.set_allocator(_allocate_descriptors)
-    launch(prefill_kernel, (plan.tiles, plan.head_units), arguments, variant, options, x.q.device)
+    launch = Launcher(prefill_kernel, (plan.tiles, plan.head_units), variant, options, x.q.device)
+    feature_arguments = _feature_arguments if has_features(x) else _no_features
+    live_blocks = _no_lists if x.mask is None else _live_blocks(plan, x, x.mask)
+
+    def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+        if plan.use_tma:
+            triton.set_allocator(_allocate_descriptors)
+        lists = live_blocks(x)
+        steps = (0, 0, 0) if lists is None else _steps(lists)
+        launch((*_tensors(x, out, lse), *numbers, *feature_arguments(x), address(lists), *steps))
+
+    return run
 
 
-def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+def _no_lists(x: Inputs) -> torch.Tensor | None:
+    """`_live_blocks` of a call without a mask."""
+    return None
+
+
+def _live_blocks(plan: Plan, x: Inputs, mask: torch.Tensor) -> Callable[[Inputs], torch.Tensor | None]:
+    """What lists the blocks that a mask leaves alive, in lists (*plan.mask_lists, 1 + plan.mask_list_blocks)."""
+    sequences, units, tiles = plan.mask_lists
+    shape = (*plan.mask_lists, 1 + plan.mask_list_blocks)
+    before = (shape[3], units, tiles)
+    numbers = (x.q.shape[1], x.k.shape[1], plan.fold, *_band(x), x.attention_chunk or OPEN_SIDE)
+    kind = (_kind(mask), *_steps(mask), mask.stride(3))
+    size = mask.element_size()
+    variant = {
+        "SIZE": size,
+        "WIDE": wide_mask(x) > 0,
+        "BLOCK_M": plan.block_m,
+        "BLOCK_N": plan.block_n,
+        "KEYS": MASK_KEYS[size],
+    }
+    grid = (sequences * units * tiles,)
+    launch = Launcher(mask_blocks_kernel, grid, variant, {"num_warps": 8}, x.q.device)
+
+    def run(x: Inputs) -> torch.Tensor | None:
+        lists = x.q.new_empty(shape, dtype=torch.int32)
+        lengths = (address(x.seqused_q), address(x.seqused_k), address(x.cache_leftpad))
+        launch((lists.data_ptr(), *before, *lengths, *numbers, address(x.mask), *kind))
+        return lists
+
+    return run
+
+
+def _steps(t: torch.Tensor) -> tuple[int, ...]:
+    """The first three strides of a tensor, 0 where there is nothing to step to."""
+    return tuple(s if n > 1 else 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True))
+
+
+def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
     items = plan.tiles // max(1, plan.tiles_per_sequence)  # sequences, or packed tiles
     lanes = plan.lanes
-    states, state_lses, width, rows = 0, 0, 0, 0
+    width, rows, count = 0, 0, 0
     if plan.workspace:
         width, rows = -(-x.v.shape[-1] // 8) * 8, min(plan.block_m, _rows(x) * plan.fold)
         count = plan.workspace // (4 * (width + 1))
-        workspace = x.q.new_empty(count * (width + 1), dtype=torch.float32)
-        states, state_lses = workspace.data_ptr(), workspace.data_ptr() + 4 * count * width
-    lanes_by, units_by = (lanes, *division(lanes)), (plan.head_units, *division(plan.head_units))
-    extent_blocks = -(-plan.extent // plan.block_n)
-    common = (
-        plan.ranges,
-        plan.even_ranges,
-        plan.gap,
-        plan.extent,
-        extent_blocks,
-        states,
-        state_lses,
-        width,
-        rows,
-    )
-    arguments = (
-        *_tensors(x, out, lse),
+    schedule = (
         *_bounds(plan, x),
-        *units_by,
-        *lanes_by,
+        *(plan.head_units, *division(plan.head_units)),
+        *(lanes, *division(lanes)),
         plan.num_splits,
-        *division(plan.num_splits),
-        *common,
-        plan.fold,
-        *division(plan.fold),
+    )
+    cuts = (plan.ranges, plan.even_ranges, plan.gap, plan.extent, -(-plan.extent // plan.block_n))
+    fold = (width, rows, plan.fold, *division(plan.fold))
+    results = (*_out_strides(x, out), *_lse_strides(x, lse))
+    band = _band(x)
+    chunk = x.attention_chunk or OPEN_SIDE
+    before = (*schedule, *division(plan.num_splits), *cuts)
+    after = (
+        *fold,
         *division(x.q.shape[-2] // x.k.shape[-2]),
         *_input_strides(x),
-        *_out_strides(x, out),
-        *_lse_strides(x, lse),
+        *results,
         *_pages(x),
-        *_band(x),
+        *band,
         *_scales(x),
-        x.attention_chunk or OPEN_SIDE,
-        *_feature_arguments(x),
+        chunk,
     )
     variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    early = {"launch_pdl": True} if variant["EARLY"] else {}
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages} | early
     ranges = plan.ranges or items * plan.num_splits
-    launch(decode_kernel, (ranges * lanes,), arguments, variant, options, x.q.device)
+    launch = Launcher(decode_kernel, (ranges * lanes,), variant, options, x.q.device)
+    feature_arguments = _feature_arguments if has_features(x) else _no_features
     if not plan.workspace:
-        return
-    arguments = (
-        out.data_ptr(),
-        lse.data_ptr(),
-        address(x.cu_seqlens_q),
-        address(x.cu_seqlens_k),
-        address(x.seqused_q),
-        address(x.seqused_k),
-        address(x.cache_leftpad),
-        *_bounds(plan, x),
-        *units_by,
-        *lanes_by,
-        plan.num_splits,
-        *common,
-        plan.fold,
-        *division(plan.fold),
-        *_out_strides(x, out),
-        *_lse_strides(x, lse),
-        *_band(x),
-        x.attention_chunk or OPEN_SIDE,
-    )
-    # A stream has many rows, of which few are merged: each program looks for its sequence, so there are few.
-    merge_width = next_power_of_two(x.v.shape[-1]) if plan.ranges else MERGE_WIDTH
-    shared = ("ELEMENT", "HEAD_DIM_V", "BLOCK_M", "BLOCK_N", "ALIGN", "EARLY")
-    # The order of summation follows from both numbers: with fixed extents it must not depend on the batch, nor on how
-    # long a sequence may be.
-    few = plan.num_splits <= FEW_STATES or plan.extent > 0
+
+        def run_whole(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+            launch((*_tensors(x, out, lse), *before, 0, 0, *after, *feature_arguments(x)))
+
+        return run_whole
+
+    merge = _merge(plan, x, variant, items * lanes, rows)
+    merge_before, merge_after = (*schedule, *cuts), (*fold, *results, *band, chunk)
+
+    def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+        workspace = x.q.new_empty(count * (width + 1), dtype=torch.float32)
+        states = workspace.data_ptr()
+        state_lses = states + 4 * count * width
+        tensors = _tensors(x, out, lse)
+        launch((*tensors, *before, states, state_lses, *after, *feature_arguments(x)))
+        leftpad = address(x.cache_leftpad)
+        merge((*tensors[3:9], leftpad, *merge_before, states, state_lses, *merge_after))
+
+    return run
+
+
+def _merge(plan: Plan, x: Inputs, variant: dict[str, Any], tiles: int, rows: int) -> Launcher:
+    """The launcher of what follows a decode whose tiles several programs share; `rows` is the height of a state."""
     # A stream has many rows, of which few are merged: each program looks for its sequence, so there are few programs.
     wide = plan.ranges > 0 or plan.extent > 0
-    merge_width = next_power_of_two(x.v.shape[-1]) if wide else MERGE_WIDTH
-    shared = ("ELEMENT", "HEAD_DIM_V", "BLOCK_M", "BLOCK_N", "ALIGN", "EARLY")
+    width = next_power_of_two(x.v.shape[-1]) if wide else MERGE_WIDTH
     # With fixed extents always the same: the order of summation must not depend on how long a sequence may be.
     few = plan.num_splits <= FEW_STATES or plan.extent > 0
+    shared = ("ELEMENT", "HEAD_DIM_V", "BLOCK_M", "BLOCK_N", "ALIGN", "EARLY")
     merge_variant = {name: variant[name] for name in shared} | {
-        "WIDTH": merge_width,
+        "WIDTH": width,
         "STATES": FEW_STATES if few else 4 * FEW_STATES,
     }
     options = {"num_warps": 1 if few else 2} | ({"launch_pdl": True} if variant["EARLY"] else {})
-    parts = rows * -(-x.v.shape[-1] // merge_width)
-    launch(merge_kernel, (items * lanes, parts), arguments, merge_variant, options, x.q.device)
+    grid = (tiles, rows * -(-x.v.shape[-1] // width))
+    return Launcher(merge_kernel, grid, merge_variant, options, x.q.device)
 
 
 def _rows(x: Inputs) -> int:
@@ -267,10 +305,13 @@ def _scales(x: Inputs) -> tuple[float, float, float]:
     return -1.0 if x.scale < 0 else 1.0, abs(scale) * math.log2(math.e), softcap_scale
 
 
+def _no_features(x: Inputs) -> tuple[int, ...]:
+    """`_feature_arguments` of a plain call."""
+    return NO_FEATURES
+
+
 def _feature_arguments(x: Inputs) -> tuple[int, ...]:
     """What a plain call has none of, from the kernels' `sink` to `rotary_advances`; 0 for what is not there."""
-    if not has_features(x):
-        return NO_FEATURES
     sink, slopes, mask, tree, cos, sin = (
         x.sink,
         x.alibi_slopes,

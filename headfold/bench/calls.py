@@ -12,7 +12,7 @@ from headfold.bench.names import OWN
 from headfold.bench.peers import Implementation, Prepare, register
 
 
-def _headfold(pack_gqa: bool | None) -> Prepare:
+def _headfold(pack_gqa: bool | None = None, shared: bool = True) -> Prepare:
     def prepare(case: Case, x: CaseInputs) -> Call:
         import headfold
 
@@ -40,6 +40,7 @@ def _headfold(pack_gqa: bool | None) -> Prepare:
                 cache_seqlens=x.lengths if extra.before is None else extra.before,
                 page_table=x.page_table,
                 tree_mask=extra.tree,
+                shared_prefix_len=case.shared if shared else None,
                 **options,
             )
 
@@ -67,7 +68,7 @@ HEADFOLD = register(
     Implementation(
         OWN,
         "this library",
-        _headfold(None),
+        _headfold(),
         by_default=lambda device_type: True,
         features=ALL,
     )
@@ -78,6 +79,15 @@ register(
         "this library with pack_gqa=False: every query head reads K and V for itself",
         _headfold(False),
         applies=lambda case, device_type: device_type == "cuda" and case.is_memory_bound and case.group > 1,
+        by_default=lambda device_type: device_type == "cuda",
+    )
+)
+register(
+    Implementation(
+        "headfold-unshared",
+        "this library without shared_prefix_len: every sequence reads the pages that all share",
+        _headfold(shared=False),
+        applies=lambda case, device_type: case.shared > 0,
         by_default=lambda device_type: device_type == "cuda",
     )
 )

@@ -23,9 +23,9 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 class Case:
     """One shape. `sk` is the longest sequence; `lengths` gives every sequence's keys where they differ.
 
-    `page_size` 0 means that K and V are not paged; pages are always in shuffled order. `causal` aligns
-    bottom-right. `dtype` is "bf16", "fp16" or "fp32". `base` names the case that a case with `features` is compared
-    with: the same work without them.
+    `page_size` 0 means that K and V are not paged; pages are always in shuffled order. The first `shared` keys of all
+    sequences lie in the same pages. `causal` aligns bottom-right. `dtype` is "bf16", "fp16" or "fp32". `base` names the
+    case that a case with `features` is compared with: the same work without them.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Case:
     dtype: str = "bf16"
     features: Features = PLAIN
     base: str | None = None
+    shared: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -62,6 +63,10 @@ class Case:
             raise self._bad("features", self.features, "only dense cases of equal lengths have them")
         if self.features.mask == "documents" and (self.sq != self.sk or self.sk % DOCUMENTS):
             raise self._bad("sk", self.sk, f"documents need as many queries, and a multiple of {DOCUMENTS}")
+        if self.shared and (not self.is_paged or self.shared % self.page_size):
+            raise self._bad("shared", self.shared, "it must be a number of keys in whole pages")
+        if not 0 <= self.shared <= min(self.all_lengths):
+            raise self._bad("shared", self.shared, "every sequence must have so many keys")
         if self.features.append and self.sq > self.sk:
             raise self._bad("sq", self.sq, "a case that appends needs room for its new tokens")
 
@@ -142,18 +147,27 @@ class Case:
         )
 
     @property
+    def token_bytes(self) -> int:
+        """Bytes of one key and its value, of all KV heads."""
+        return self.kv_heads * (self.d + self.dv) * self.torch_dtype.itemsize
+
+    @property
     def kv_bytes(self) -> int:
-        """Bytes of the visible keys and values, each read once."""
+        """Bytes of the visible keys and values, each read once, those that sequences share too."""
         from headfold.planner.work import visible_tokens
 
-        per_token = self.kv_heads * (self.d + self.dv) * self.torch_dtype.itemsize
-        return per_token * sum(visible_tokens(p) * n for p, n in self._by_length())
+        visible = sum(visible_tokens(p) * n for p, n in self._by_length())
+        return self.token_bytes * (visible - self._held_in_common)
 
     @property
     def cache_bytes(self) -> int:
         """Bytes that K and V take up, seen or not."""
-        per_token = self.kv_heads * (self.d + self.dv) * self.torch_dtype.itemsize
-        return per_token * sum(self.all_lengths)
+        return self.token_bytes * (sum(self.all_lengths) - self._held_in_common)
+
+    @property
+    def _held_in_common(self) -> int:
+        """Keys that sequences have and that lie in pages of another."""
+        return self.shared * (self.batch - 1)
 
     @property
     def flops(self) -> int:

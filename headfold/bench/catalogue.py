@@ -121,6 +121,11 @@ def _paged(m: Heads, batch: int, sk: int, page_size: int) -> Case:
     return Case(name, "paged decode", m.heads, m.kv_heads, m.d, m.d, batch, 1, sk, page_size=page_size)
 
 
+def _prefix(m: Heads, batch: int, shared: int, own: int, page_size: int) -> Case:
+    name = f"{m.model}-prefix{shared}-paged{page_size}-b{batch}-s{shared + own}"
+    return replace(_paged(m, batch, shared + own, page_size), name=name, shared=shared)
+
+
 def _ragged(m: Heads, lengths: tuple[int, ...], page_size: int = 0) -> Case:
     batch, sk = len(lengths), max(lengths)
     name = f"{m.model}-ragged-b{batch}" + (f"-paged{page_size}" if page_size else "")
@@ -198,6 +203,7 @@ def _cuda() -> tuple[Case, ...]:
     ]
     paged = [_paged(LLAMA_8B, 16, 8192, 16)]
     paged += [_paged(m, 4, 65536, size) for m in (GLM, MHA) for size in (1, 16, 64)]
+    paged += [_prefix(LLAMA_8B, 64, 8192, 512, 16)]
     ragged = [_ragged(LLAMA_8B, RAGGED_64, size) for size in (0, 16, 64)]
     speculative = [_speculative(LLAMA_8B, 16, 4, 8192)]
     prefill = [
@@ -230,6 +236,7 @@ def _cpu() -> tuple[Case, ...]:
         _decode(MHA, 1, 4096),
     ]
     paged = [_paged(LLAMA_8B, 1, 8192, size) for size in (1, 16, 64)]
+    paged += [_prefix(LLAMA_8B, 8, 2048, 128, 16)]
     ragged = [_ragged(LLAMA_8B, RAGGED_16, size) for size in (0, 16)]
     speculative = [_speculative(LLAMA_8B, 1, 4, 8192)]
     prefill = [_prefill(LLAMA_8B, 1, sq, causal) for sq in (1024, 2048) for causal in (True, False)]

@@ -133,7 +133,7 @@ def make_inputs(case: Case, device: torch.device, copies: int | None = None, see
     cu_q = cu_k = table = None
     if case.is_paged:
         table = _shuffled_table(case)
-        rows = (sum(_pages(case)), case.page_size)
+        rows = (int(table.max()) + 1, case.page_size)
     elif case.is_ragged:
         rows = (int(lengths.sum()),)
         cu_k = torch.zeros(case.batch + 1, dtype=torch.int32)
@@ -154,9 +154,12 @@ def _pages(case: Case) -> list[int]:
 
 
 def _shuffled_table(case: Case) -> torch.Tensor:
-    pages = _pages(case)
-    order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    """The pages of every sequence, every page there is once, but for those that all begin with."""
+    pages, shared = _pages(case), case.shared // case.page_size if case.shared else 0
+    own = [n - shared for n in pages]
+    order = torch.randperm(shared + sum(own), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     table = torch.zeros(case.batch, max(pages), dtype=torch.int32)
-    for i, part in enumerate(order.split(pages)):
-        table[i, : len(part)] = part
+    table[:, :shared] = order[:shared]
+    for i, part in enumerate(order[shared:].split(own)):
+        table[i, shared : shared + len(part)] = part
     return table

@@ -62,9 +62,10 @@ def predictions(result: Result) -> list[Prediction]:
     device, found = device_of(result), []
     for name, record in result.cases.items():
         row = result.own(name)
-        if row is None or row.median_us is None:
-            continue
-        problem = Case.from_record(name, record).problem("cuda")
+        case = Case.from_record(name, record)
+        if row is None or row.median_us is None or case.shared:
+            continue  # what sequences share is read by a plan of its own
+        problem = case.problem("cuda")
         try:
             seconds = predicted_seconds(problem, make_plan(problem, device), device)
         except NoPrediction:

@@ -89,6 +89,7 @@ def show_cases(cases: Sequence[Case], peers: Sequence[Implementation], out: Cons
     for c in cases:
         dim = str(c.d) if c.d == c.dv else f"{c.d}/{c.dv}"
         keys = str(c.sk) if c.lengths is None else f"{min(c.lengths)} to {c.sk}"
+        keys += f", {c.shared} shared" if c.shared else ""
         mask, page = "causal" if c.causal else "", str(c.page_size or "")
         features = ", ".join(sorted(c.features.names))
         t.add_row(

@@ -86,13 +86,17 @@ def case_named(name: str, device: Device) -> Case:
     """A benchmark case, of the catalogue for that kind of device or of the other.
 
     Raises:
-        ValueError: no such case.
+        ValueError: no such case, or one whose call is more than one plan.
     """
     kind = _kind(device)
     cases = {c.name: c for other in ("cpu", "cuda") for c in catalogue(other)}
     cases.update({c.name: c for c in catalogue(kind)})
     if name not in cases:
         raise ValueError(f"--case is {name!r}, which is no case; `headfold bench --list` lists them")
+    if cases[name].shared:
+        raise ValueError(
+            f"--case is {name!r}, which shares a prefix: its call has two plans, and this tells of one"
+        )
     return cases[name]
 
 

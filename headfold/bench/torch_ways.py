@@ -157,7 +157,7 @@ def _attend_dense(
 def _gather(case: Case, x: CaseInputs) -> Call | Unsupported:
     """Pages gathered into a dense cache, padded where lengths differ, then attention."""
     assert x.page_table is not None, "applies() lets only paged cases through"
-    padded = 2 * case.batch * case.sk * case.kv_bytes // sum(case.all_lengths)
+    padded = 2 * case.batch * case.sk * case.token_bytes
     if short := no_room(padded, x):
         return short
     mask, pages = _length_mask(case, x), x.page_table.flatten()
@@ -170,7 +170,7 @@ def _gather(case: Case, x: CaseInputs) -> Call | Unsupported:
 
 def _pad(case: Case, x: CaseInputs) -> Call | Unsupported:
     """A cache kept padded to the longest sequence (padding it is not timed), with a mask."""
-    padded = case.batch * case.sk * case.kv_bytes // sum(case.all_lengths)
+    padded = case.batch * case.sk * case.token_bytes
     if short := no_room(2 * x.copies * padded, x):
         return short
     ks, vs = ([_padded(case, t) for t in copies] for copies in (x.k, x.v))

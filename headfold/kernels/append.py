@@ -98,12 +98,18 @@ def append_kernel(
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ROTARY_ALIGN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: (key_tiles + tiles of q). A tile is BLOCK_M rows, row = token * heads + head, of one sequence.
 
     Tensors come as addresses, 0 for one that was not given. The first tile of keys of a sequence, which every sequence
     has, writes its length after the append. The tiles of q write it, rotated, to Turned.
+
+    EARLY: launched while the kernel before this one ends, and waits for it here; the attention that follows starts early.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     number = tl.program_id(0)
     turns_q = number >= key_tiles
     if turns_q:

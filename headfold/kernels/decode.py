@@ -10,6 +10,7 @@ import triton.language as tl
 from headfold.kernels.parts.address import aligned, load_float, load_index, pointer
 from headfold.kernels.parts.attend import attend
 from headfold.kernels.parts.division import divide
+from headfold.kernels.parts.mask import untouched_blocks
 from headfold.kernels.parts.schedule import (
     count_blocks,
     find_position,
@@ -143,13 +144,16 @@ def decode_kernel(
     `ranges`, see schedule.py. With extent > 0 keys are cut at multiples of extent alone, and each extent has a state
     of its own: a sequence's result does not depend on who computes it, nor on the other sequences.
 
-    A tile that one program computes whole is stored to Out. Else every program stores a state, and merge_kernel, which
-    may start EARLY, while this kernel runs, merges them in the order of their keys.
+    A tile that one program computes whole is stored to Out. Else every program stores a state, and merge_kernel merges
+    them in the order of their keys. EARLY: launched while the kernel before this one ends, and waits for it here; the
+    next one may start while this one runs.
 
     FEATURED knows softcap, sinks, chunks, ALiBi and cache rows, TENSORS masks and trees too, ROTARY turns q: all by
     arguments, each at the price of a branch. WIDE is the element size of a mask that is known to allow wide loads, or 0.
     """
     if EARLY:
+        # In this order: merge_kernel reads lengths before it waits, and an append before this kernel writes them.
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     r = divide(tl.program_id(0), (lanes_magic, lanes_shift))
     lane = tl.program_id(0) - r * lanes
@@ -304,8 +308,52 @@ def decode_kernel(
                     first_extent = key_low // extent + begin // extent_blocks + piece
                     low = tl.minimum(tl.maximum(first_extent * extent, key_low), key_high)
                     high = tl.minimum((first_extent + 1) * extent, key_high)
-                # Every block is masked: memory sets the pace here, and one loop keeps the program small.
                 state = empty_state(BLOCK_M, DV0, DV1)
+                blocks_here = tl.cdiv(high - low, BLOCK_N)
+                # Every block has the band's test: memory sets the pace here, and one loop keeps the program small.
+                untouched = 0
+                if TENSORS:
+                    untouched = untouched_blocks(low, blocks_here, sq, sk, mask, tree, BLOCK_N)
+                    state = attend(
+                        state,
+                        queries,
+                        K_rows,
+                        V_rows,
+                        None,
+                        None,
+                        table,
+                        None,
+                        0,
+                        untouched,
+                        low,
+                        high,
+                        row_low,
+                        tl.minimum(row_high, high),
+                        position + shift,
+                        (sq, sk),
+                        live,
+                        (k_stride_b, k_stride_s),
+                        (v_stride_b, v_stride_s),
+                        (page_size, page_magic, page_shift, pad),
+                        (scale_log2, softcap_scale),
+                        (slopes, row_slopes),
+                        (mask, mask_kind, mask_wide, mask_stride_k, row_masks),
+                        (tree, row_trees),
+                        HEAD_DIM,
+                        HEAD_DIM_V,
+                        D0,
+                        D1,
+                        DV0,
+                        DV1,
+                        BLOCK_N,
+                        PAGED,
+                        ALIGN,
+                        FEATURED,
+                        False,
+                        0,
+                        True,
+                        False,
+                    )
                 state = attend(
                     state,
                     queries,
@@ -314,8 +362,9 @@ def decode_kernel(
                     None,
                     None,
                     table,
-                    0,
-                    tl.cdiv(high - low, BLOCK_N),
+                    None,
+                    untouched,
+                    blocks_here,
                     low,
                     high,
                     row_low,

@@ -70,8 +70,10 @@ def merge_kernel(
     Arguments are those of `decode_kernel`. States are merged STATES at a time, in the order of their keys: the sums
     depend on nothing but how many there are.
 
-    EARLY: launched while the decode kernel runs, and waits for its end here.
+    EARLY: launched while the decode kernel runs, and waits for its end here; the next call may be launched meanwhile.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     item = divide(tl.program_id(0), (lanes_magic, lanes_shift))
     lane = tl.program_id(0) - item * lanes
     tile = divide(lane, (units_magic, units_shift))

@@ -9,6 +9,7 @@ import triton.language as tl
 from headfold.kernels.parts.address import aligned, load_float, load_index, pointer
 from headfold.kernels.parts.attend import attend
 from headfold.kernels.parts.fold import fold_rows
+from headfold.kernels.parts.mask import list_at, untouched_blocks
 from headfold.kernels.parts.spans import sequence_span, visible_keys
 from headfold.kernels.parts.tile import (
     empty_state,
@@ -19,10 +20,10 @@ from headfold.kernels.parts.tile import (
     store_result,
     tile_keys,
 )
-from headfold.kernels.specialize import ARGUMENTS
+from headfold.kernels.specialize import PREFILL_ARGUMENTS
 
 
-@triton.jit(do_not_specialize=ARGUMENTS)
+@triton.jit(do_not_specialize=PREFILL_ARGUMENTS)
 def prefill_kernel(
     Q: tl.int64,
     K: tl.int64,
@@ -95,6 +96,10 @@ def prefill_kernel(
     sin_stride: tl.int64,
     max_positions: tl.int32,
     rotary_advances: tl.int32,
+    lists: tl.int64,
+    list_stride_b: tl.int64,
+    list_stride_h: tl.int64,
+    list_stride_t: tl.int64,
     ELEMENT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -114,7 +119,9 @@ def prefill_kernel(
 ):
     """Grid: (tiles, head units), later tiles of a sequence first: under a causal mask they are the long ones.
 
-    The arguments are those of `decode_kernel`; what splits need is ignored.
+    The arguments are those of `decode_kernel`; what splits need is ignored. lists is the address of what
+    mask_blocks.py wrote for a mask, 0 without one; its strides, in entries, lead from a sequence's lists to the next
+    one's, from a head unit's and from a tile's, 0 where all share.
     """
     unit = tl.program_id(1)
     seq, tile = locate(tl.program_id(0), tiles_per_sequence, cu_seqlens_q, batch, fold, BLOCK_M)
@@ -191,8 +198,13 @@ def prefill_kernel(
     left = tl.minimum(tl.cdiv(tl.maximum(full_low - key_low, 0), BLOCK_N), blocks)
     right = tl.maximum(tl.maximum(full_high - key_low, 0) // BLOCK_N, left)
     right = tl.minimum(right, blocks)
+    listed = None
+    last = blocks
     if TENSORS:
-        left = blocks
+        left = untouched_blocks(key_low, blocks, sq, sk, mask, tree, BLOCK_N)
+        if not PAGED:  # masks are for contiguous keys
+            offset = seq * list_stride_b + unit * list_stride_h + tile * list_stride_t
+            listed, last = list_at(lists, offset, blocks)
     k_desc = None
     v_desc = None
     if TMA:
@@ -200,46 +212,8 @@ def prefill_kernel(
         k_desc = tl.make_tensor_descriptor(K_rows, [key_high, HEAD_DIM], [k_stride_s, 1], [BLOCK_N, D0])
         v_desc = tl.make_tensor_descriptor(V_rows, [key_high, HEAD_DIM_V], [v_stride_s, 1], [BLOCK_N, DV0])
     state = empty_state(BLOCK_M, DV0, DV1)
-    state = attend(
-        state,
-        queries,
-        K_rows,
-        V_rows,
-        k_desc,
-        v_desc,
-        table,
-        0,
-        left,
-        key_low,
-        key_high,
-        row_low,
-        row_high,
-        position + shift,
-        (sq, sk),
-        live,
-        (k_stride_b, k_stride_s),
-        (v_stride_b, v_stride_s),
-        (page_size, page_magic, page_shift, pad),
-        (scale_log2, softcap_scale),
-        (slopes, row_slopes),
-        (mask, mask_kind, mask_wide, mask_stride_k, row_masks),
-        (tree, row_trees),
-        HEAD_DIM,
-        HEAD_DIM_V,
-        D0,
-        D1,
-        DV0,
-        DV1,
-        BLOCK_N,
-        PAGED,
-        ALIGN,
-        FEATURED,
-        TENSORS,
-        WIDE,
-        True,
-        TMA,
-    )
-    if not TENSORS:
+    # A mask touches every block: programs for its wide loads alone have no such loop.
+    if WIDE == 0:
         state = attend(
             state,
             queries,
@@ -248,6 +222,89 @@ def prefill_kernel(
             k_desc,
             v_desc,
             table,
+            None,
+            0,
+            left,
+            key_low,
+            key_high,
+            row_low,
+            row_high,
+            position + shift,
+            (sq, sk),
+            live,
+            (k_stride_b, k_stride_s),
+            (v_stride_b, v_stride_s),
+            (page_size, page_magic, page_shift, pad),
+            (scale_log2, softcap_scale),
+            (slopes, row_slopes),
+            (mask, mask_kind, mask_wide, mask_stride_k, row_masks),
+            (tree, row_trees),
+            HEAD_DIM,
+            HEAD_DIM_V,
+            D0,
+            D1,
+            DV0,
+            DV1,
+            BLOCK_N,
+            PAGED,
+            ALIGN,
+            FEATURED,
+            False,
+            0,
+            True,
+            TMA,
+        )
+    if TENSORS:
+        state = attend(
+            state,
+            queries,
+            K_rows,
+            V_rows,
+            k_desc,
+            v_desc,
+            table,
+            listed,
+            left,
+            last,
+            key_low,
+            key_high,
+            row_low,
+            row_high,
+            position + shift,
+            (sq, sk),
+            live,
+            (k_stride_b, k_stride_s),
+            (v_stride_b, v_stride_s),
+            (page_size, page_magic, page_shift, pad),
+            (scale_log2, softcap_scale),
+            (slopes, row_slopes),
+            (mask, mask_kind, mask_wide, mask_stride_k, row_masks),
+            (tree, row_trees),
+            HEAD_DIM,
+            HEAD_DIM_V,
+            D0,
+            D1,
+            DV0,
+            DV1,
+            BLOCK_N,
+            PAGED,
+            ALIGN,
+            FEATURED,
+            True,
+            WIDE,
+            True,
+            TMA,
+        )
+    else:
+        state = attend(
+            state,
+            queries,
+            K_rows,
+            V_rows,
+            k_desc,
+            v_desc,
+            table,
+            None,
             left,
             right,
             key_low,
@@ -287,6 +344,7 @@ def prefill_kernel(
             k_desc,
             v_desc,
             table,
+            None,
             right,
             blocks,
             key_low,

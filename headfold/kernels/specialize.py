@@ -24,6 +24,11 @@ MERGE_ARGUMENTS = (
     "extent_blocks states state_lses state_width state_rows fold fold_magic fold_shift out_stride_b out_stride_s out_stride_h "
     "lse_stride_b lse_stride_s lse_stride_h window_left window_right bottom_right chunk"
 ).split()
+PREFILL_ARGUMENTS = [*ARGUMENTS, "lists", "list_stride_b", "list_stride_h", "list_stride_t"]
+MASK_BLOCKS_ARGUMENTS = (
+    "lists list_size units tiles seqused_q seqused_k cache_leftpad sq_capacity sk_capacity fold window_left window_right "
+    "bottom_right chunk mask mask_kind mask_stride_b mask_stride_h mask_stride_q mask_stride_k"
+).split()
 FIXUP_INTEGERS = (
     "num_splits rows heads batch po_stride_split po_stride_b po_stride_s po_stride_h "
     "pl_stride_split pl_stride_b pl_stride_s pl_stride_h out_stride_b out_stride_s out_stride_h "

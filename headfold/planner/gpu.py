@@ -251,6 +251,21 @@ def programs(p: Problem, kernel: str, tile: Tile) -> tuple[bool, bool, bool]:
     return p.featured, rotary or p.tensor_mask, rotary
 
 
+def mask_lists(p: Problem, tile: Tile, fold: int) -> tuple[tuple[int, int, int], int]:
+    """((sequences, head units, tiles) that have a list of live blocks of their own, blocks that a list may hold).
+
+    Of a prefill, that is. A decode has none: its equal shares would have to be shares of a list whose length the host
+    does not know, and lengths and left padding leave keys out without another launch.
+    """
+    sequences, heads, queries, keys = p.mask_sizes
+    if keys == 0:
+        return (0, 0, 0), 0
+    same_heads = heads == 1 or fold <= tile.rows  # every tile holds every head of its unit
+    same_band = p.window_left is None and p.window_right is None and not p.attention_chunk
+    tiles = 1 if queries == 1 and same_heads and same_band else count_tiles(p, fold, tile.rows)[1]
+    return (sequences, p.num_heads // fold if heads > 1 else 1, tiles), -(-keys // tile.keys)
+
+
 def _plan(
     p: Problem,
     device: Device,
@@ -279,6 +294,7 @@ def _plan(
     wide_mask = p.wide_mask if kernel == "prefill" and p.wide_mask <= 2 and not rotary else 0
     paged = p.kv_layout == "paged"
     knows_stream = not own_program(p) and (paged or ranges > 0 or p.tokens_per_split > 0)
+    lists, list_blocks = mask_lists(p, tile, fold) if kernel == "prefill" else ((0, 0, 0), 0)
     early = device.arch >= (9, 0)  # programmatic dependent launch
     return Plan(
         backend="triton",
@@ -309,6 +325,8 @@ def _plan(
         tensor_mask=tensor_mask,
         rotary=rotary,
         wide_mask=wide_mask,
+        mask_lists=lists,
+        mask_list_blocks=list_blocks,
         workspace=states * state_rows * (row_width + 1) * 4,
         shared_memory=shared_memory(tile, p.head_dim, p.head_dim_v, p.dtype),
         reasons=tuple(reasons),

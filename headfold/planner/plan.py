@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,8 @@ class Plan:
     powers of two (the second 0 where one suffices), so that d = 96 does not pay for 128. `featured` asks for the
     program that knows more than plain attention, `tensor_mask` for one that reads masks too, `rotary` for one that
     turns q; `wide_mask` is the element size of the masks that it reads in wide loads, 0 for any. `workspace` is in bytes.
+    `mask_lists` counts the lists of blocks that a mask leaves alive, (sequences, head units, tiles), 1 where all share
+    and 0 where no kernel makes them, `mask_list_blocks` the blocks that each may hold.
     `workers` programs of a persistent kernel share the tiles (0: a program each); `section` heads at a time have
     their K and V in the L2 cache. How the CPU backend reads a Plan is said in `backends/cpu.py`.
     """
@@ -57,6 +60,8 @@ class Plan:
     rotary: bool = False
     wide_mask: int = 0
     workspace: int = 0
+    mask_lists: tuple[int, int, int] = (0, 0, 0)
+    mask_list_blocks: int = 0
     workers: int = 0
     section: int = 0
     shared_memory: int = 0
@@ -78,6 +83,11 @@ class Plan:
     def rows_paid(self) -> int:
         """Matmul rows that the tiles hold, used or not, over the whole batch."""
         return self.tiles * self.head_units * self.block_m
+
+    @property
+    def mask_list_bytes(self) -> int:
+        """Bytes of all lists of live blocks, each with its length, 4 bytes a number."""
+        return 4 * math.prod(self.mask_lists) * (self.mask_list_blocks + 1)
 
     def explain(self, problem: Problem, device: Device) -> str:
         """Say in plain words what will run and why. Lengths are taken at their bounds.
@@ -131,6 +141,13 @@ class Plan:
                 + (f", {self.resident} on each" if self.resident > 1 else "")
                 + f": {waves} "
                 f"wave{'s' if waves > 1 else ''}, {1 - busy:.0%} of the last slots idle"
+            )
+        if self.mask_list_bytes:
+            lists = math.prod(self.mask_lists)
+            lines.append(
+                f"blocks that the mask hides from all rows of a tile are left out: one more kernel lists the others, "
+                f"{lists} list{'s' if lists > 1 else ''} of up to {self.mask_list_blocks} in "
+                f"{self.mask_list_bytes / 1e6:,.2f} MB"
             )
         if self.workspace:
             states = f"{self.num_splits} states a row"

@@ -28,6 +28,8 @@ from headfold import backends
 from headfold.planner import DEVICES
 from tests.aot.variants import BATCH, DEVICE_OF, DTYPES, Variant, variants
 
+# Kernels that are launched beside another, and the form of the variants that show them.
+BESIDE = {"merge_kernel": "fixup", "mask_blocks_kernel": "blocks"}
 PRODUCTS = ("HGMMA", "HMMA", "UTCHMMA")
 INSTRUCTIONS = (*PRODUCTS, "LDGSTS", "UTMALDG", "MUFU", "FFMA", "FMUL", "LDG", "STG", "STL", "LDL")
 
@@ -55,7 +57,7 @@ def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from headfold.backends.append import run as run_append
+    from headfold.backends.append import prepare as prepare_append
 
     driver.set_active(TargetOnly(arch))
     launches: list[tuple[str, Any]] = []
@@ -63,7 +65,7 @@ def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
     def compile_only(kernel: Any, grid: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
             name = kernel.fn.__name__
-            if (name == "merge_kernel") == (variant.form == "fixup"):  # each has variants of its own
+            if BESIDE.get(name, "") == (variant.form if variant.form in BESIDE.values() else ""):
                 launches.append((name, kernel.run(*args, grid=grid, warmup=True, **kwargs)))
 
         return launch
@@ -74,8 +76,11 @@ def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
         with backends.force(DEVICES[DEVICE_OF[arch]]):
             if variant.form == "append":
                 append = variant.append_inputs()
-                turned = None if append.q is None else torch.empty_like(append.q)
-                run_append(append, torch.empty(BATCH, dtype=torch.int32), turned)
+                results = (
+                    torch.empty(BATCH, dtype=torch.int32),
+                    torch.empty_like(append.k if append.q is None else append.q),
+                )
+                prepare_append(append, *results)(append, *results)
                 return [(name, kernel, None) for name, kernel in launches]
             x = variant.inputs()
             _, plan = backends.plan_of(x)

@@ -24,7 +24,9 @@ BATCH, KEYS = 4, 8192
 ALL_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (40, 72))
 
 # What a call adds to plain attention: one of each program that features share. Masks are for dense calls only.
-MASKS = ("mask-bool", "tree")
+# Of masks: bytes and halves in wide loads, and any other.
+TENSORS = {"mask-bool": torch.bool, "mask-half": torch.bfloat16, "mask-any": torch.float32}
+MASKS = (*TENSORS, "tree")
 FEATURES = ("softcap", *MASKS, "rotary-pairs")
 # Forms of the two attention kernels; the others have no plan of their own.
 ATTENTION = ("decode1", "decode64", "prefill")
@@ -35,7 +37,7 @@ class Variant:
     """One call: `form` is what it does, `layout` where K and V lie, `aligned` whether rows start on 16 bytes."""
 
     # "decode1": one query (four under a tree); "decode64": 64 folded rows; "prefill"; "fixup": the merge after a
-    # split; "append": new keys and values into a cache
+    # split; "blocks": the lists before a prefill with a mask; "append": new keys and values into a cache
     form: str
     layout: str  # "dense", "ragged", "paged"
     dtype: str
@@ -54,7 +56,7 @@ class Variant:
     def inputs(self) -> Inputs:
         """The arguments of the call."""
         heads, kv_heads = (8, 1) if self.form == "decode64" else (16, 4)
-        queries = {"decode1": 1, "decode64": 8, "prefill": 1024, "fixup": 1}[self.form]
+        queries = {"decode1": 1, "decode64": 8, "prefill": 1024, "blocks": 1024, "fixup": 1}[self.form]
         if self.form == "decode1" and self.feature == "tree":
             queries = 4
         keys, batch = KEYS, BATCH
@@ -79,7 +81,7 @@ class Variant:
         x["k"] = self._tensor(shape, kv_heads, self.d, dtype)
         x["v"] = self._tensor(shape, kv_heads, self.dv, dtype)
         x |= self._feature(heads, queries, dtype)
-        return Inputs(**x, num_splits={"fixup": 4, "prefill": 1}.get(self.form, 0))  # type: ignore[arg-type]
+        return Inputs(**x, num_splits={"fixup": 4, "prefill": 1, "blocks": 1}.get(self.form, 0))  # type: ignore[arg-type]
 
     def _feature(self, heads: int, queries: int, dtype: torch.dtype) -> dict[str, object]:
         """The arguments that ask for the feature."""
@@ -95,7 +97,10 @@ class Variant:
         others: dict[str, dict[str, object]] = {
             "": {},
             "softcap": {"softcap": 30.0},
-            "mask-bool": {"mask": torch.empty(KEYS, dtype=torch.bool).expand(BATCH, heads, queries, KEYS)},
+            **{
+                mask: {"mask": torch.empty(KEYS, dtype=kind).expand(BATCH, heads, queries, KEYS)}
+                for mask, kind in TENSORS.items()
+            },
             "tree": {"tree_mask": torch.empty(queries, dtype=torch.bool).expand(BATCH, queries, queries)},
         }
         return others[name]
@@ -186,6 +191,15 @@ def _hopper() -> list[Variant]:
         Variant("decode64", layout, "bf16", 128, 128, feature="softcap") for layout in ("dense", "paged")
     ]
     featured += [
+        Variant("decode64", layout, "bf16", 128, 128, feature="tree") for layout in ("dense", "paged")
+    ]
+    featured += [
+        Variant(form, "dense", "bf16", 128, 128, feature=feature)
+        for form in ("decode1", "prefill")
+        for feature in ("mask-half", "mask-any")
+    ]
+    featured += [Variant("blocks", "dense", "bf16", 128, 128, feature=feature) for feature in TENSORS]
+    featured += [
         Variant(form, "dense", "fp32", 128, 128, feature="mask-bool") for form in ("decode1", "prefill")
     ]
     append = [
@@ -221,4 +235,8 @@ def _cross_section() -> list[Variant]:
         Variant("decode64", "dense", "fp32", 256, 256),
         Variant("prefill", "dense", "fp32", 128, 128),
         Variant("fixup", "ragged", "bf16", 128, 128),
+        *(Variant("prefill", "dense", "bf16", d, d, feature=m) for d in (64, 128, 256) for m in TENSORS),
+        *(Variant("blocks", "dense", "bf16", 128, 128, feature=m) for m in TENSORS),
+        Variant("prefill", "paged", "bf16", 128, 128, feature="tree"),
+        Variant("decode1", "paged", "bf16", 128, 128, feature="tree"),
     ]

@@ -8,8 +8,12 @@ import math
 import pytest
 import torch
 
+import headfold
+from headfold.bench import peers
 from headfold.bench.cases import Case, select
 from headfold.bench.catalogue import RAGGED_64, SUITES, catalogue
+from headfold.bench.inputs import make_inputs
+from tests.bench.tiny import TINY, TINY_FEATURES
 
 DEVICES = ("cpu", "cuda")
 
@@ -83,6 +87,11 @@ def test_bytes_and_flops_of_known_cases() -> None:
     assert ragged.flops == 4 * 128 * 32 * 367907
     full = cases["d128-h16-prefill-b4-s4096-full"]
     assert full.flops == 4 * 4 * 16 * 128 * 4096**2
+    prefix = cases["llama3-8b-prefix8192-paged16-b64-s8704"]
+    assert prefix.kv_bytes == prefix.cache_bytes == 2 * (8192 + 64 * 512) * 8 * 128 * 2, (
+        "distinct keys, each once"
+    )
+    assert prefix.flops == 4 * 128 * 32 * 64 * 8704, "every query sees all of its own"
     causal = cases["d128-h16-prefill-b4-s4096-causal"]
     assert causal.flops == 4 * 4 * 16 * 128 * 4096 * 4097 // 2
 
@@ -124,6 +133,10 @@ def test_select_takes_globs_in_catalogue_order() -> None:
         ({"kind": "training"}, "kind is 'training'"),
         ({"lengths": (4, 5)}, "lengths is"),
         ({"sq": 65, "causal": True}, "sq is 65"),
+        ({"shared": 16}, "shared is 16; it must be a number of keys in whole pages"),
+        ({"shared": 24, "page_size": 16}, "shared is 24; it must be a number of keys in whole pages"),
+        ({"shared": 80, "page_size": 16}, "shared is 80; every sequence must have so many keys"),
+        ({"shared": -16, "page_size": 16}, "shared is -16; every sequence must have so many keys"),
     ],
 )
 def test_a_case_that_makes_no_sense_is_refused(change: dict[str, object], message: str) -> None:
@@ -138,3 +151,41 @@ def test_unknown_suites_and_devices_are_named() -> None:
         catalogue("cpu", "tiny")
     with pytest.raises(ValueError, match="--device is 'tpu'"):
         catalogue("tpu")
+
+
+def test_a_shared_prefix_lies_in_pages_that_all_begin_with() -> None:
+    """As many pages as there are keys apart, and each in one place, the shared ones first in every row."""
+    for case in (*TINY, *TINY_FEATURES):
+        x = make_inputs(case, torch.device("cpu"), copies=1)
+        assert sum(t[0].nbytes for t in (x.k, x.v)) >= case.cache_bytes
+        if x.page_table is None:
+            continue
+        shared = case.shared // case.page_size
+        used = [
+            row[: -(-n // case.page_size)].tolist()
+            for row, n in zip(x.page_table, case.all_lengths, strict=True)
+        ]
+        assert all(row[:shared] == used[0][:shared] for row in used)
+        own = [page for row in used for page in row[shared:]]
+        assert sorted(used[0][:shared] + own) == list(range(x.k[0].shape[0]))
+
+
+def test_headfold_alone_is_told_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row of headfold makes the promise, headfold-unshared and plain cases do not."""
+    told: list[object] = []
+    attend = headfold.flash_attn_with_kvcache
+
+    def record(*args: object, **options: object) -> object:
+        told.append(options["shared_prefix_len"])
+        return attend(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(headfold, "flash_attn_with_kvcache", record)
+    cases = {c.name: c for c in TINY}
+    for name in ("tiny-prefix", "tiny-paged"):
+        case = cases[name]
+        for way in ("headfold", "headfold-unshared"):
+            if peers.REGISTRY[way].runs(case, "cpu"):
+                call = peers.REGISTRY[way].prepare(case, make_inputs(case, torch.device("cpu"), copies=1))
+                assert callable(call)
+                call(0)
+    assert told == [32, None, 0]

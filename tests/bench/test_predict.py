@@ -35,6 +35,7 @@ def test_predictions_are_the_planners_for_every_decode_row() -> None:
     problem = next(c for c in catalogue("cuda") if c.name == name).problem("cuda")
     us = predicted_seconds(problem, make_plan(problem, DEVICES["h200"]), DEVICES["h200"]) * 1e6
     times = {name: us / 1.5, "llama3-8b-paged16-b16-s8192": 1.0, "d128-h16-prefill-b4-s4096-full": 9.0}
+    times["llama3-8b-prefix8192-paged16-b64-s8704"] = 1.0  # two plans and a merge: no row
     found = predictions(result_of(times | {"glm4.7-decode-b4-s65536": None}))
     assert [p.case for p in found] == [name, "llama3-8b-paged16-b16-s8192"]
     assert found[0].predicted_us == pytest.approx(us)

@@ -16,6 +16,7 @@ TINY = (
     Case("tiny-speculative", "speculative", 8, 2, 32, 32, 1, 4, 90, causal=True),
     Case("tiny-prefill", "prefill", 8, 2, 32, 32, 1, 200, 200, causal=True),
     Case("tiny-mha", "prefill", 3, 3, 32, 16, 1, 40, 60),
+    Case("tiny-prefix", "paged decode", 8, 2, 32, 32, 3, 1, 50, page_size=16, shared=32),
 )
 
 

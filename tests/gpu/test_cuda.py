@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import headfold
-from headfold import reference
+from headfold import backends, reference, shared_prefix
 from headfold.problem import Inputs
 from tests.cases import assert_accurate
 
@@ -29,10 +29,19 @@ def decode_inputs(h: int, hk: int, d: int, lengths: list[int], page_size: int = 
     )
 
 
-def call(x: Inputs, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def call(
+    x: Inputs, out: torch.Tensor | None = None, shared_prefix_len: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The public function on these inputs."""
     result = headfold.flash_attn_with_kvcache(
-        x.q, x.k, x.v, cache_seqlens=x.seqused_k, page_table=x.page_table, return_softmax_lse=True, out=out
+        x.q,
+        x.k,
+        x.v,
+        cache_seqlens=x.seqused_k,
+        page_table=x.page_table,
+        return_softmax_lse=True,
+        out=out,
+        shared_prefix_len=shared_prefix_len,
     )
     assert isinstance(result, tuple)
     return result
@@ -59,15 +68,58 @@ def test_a_captured_graph_follows_lengths_that_change(shape: tuple[int, int, int
         assert_accurate(x, out, lse)
 
 
+@pytest.mark.parametrize("shared", [512, 8192])
+def test_a_captured_graph_of_a_shared_prefix(shared: int) -> None:
+    """Both parts and their merge replay with any lengths from the prefix on, and what is kept stays kept."""
+    x = decode_inputs(32, 8, 128, lengths=[shared + n for n in (88, 0, 1024, 300, 7, 40, 40, 512)])
+    assert x.seqused_k is not None
+    assert x.page_table is not None
+    x.page_table[:, : shared // 16] = x.page_table[0, : shared // 16]
+    out = torch.empty_like(x.q)
+    with shared_prefix.force(True):
+        call(x, out, shared)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            _, lse = call(x, out, shared)
+    shared_prefix._kept.clear()
+    shared_prefix._made.clear()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        x.seqused_k.copy_(shared + torch.randint(0, 1025, (8,), generator=generator, dtype=torch.int32))
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_accurate(x, out, lse)
+
+
+def test_a_shared_prefix_that_was_never_run_is_not_captured() -> None:
+    x = decode_inputs(32, 8, 128, lengths=[640, 660])
+    assert x.page_table is not None
+    x.page_table[:, :40] = x.page_table[0, :40]
+    torch.cuda.synchronize()
+    with (
+        shared_prefix.force(True),
+        pytest.raises(RuntimeError, match="make the same call once before the capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        call(x, None, 640)
+
+
 def test_no_call_synchronises() -> None:
     """Nothing is read back from the device: the host runs ahead of it."""
-    x = decode_inputs(32, 8, 128, lengths=[3000, 1, 700, 2048])
+    x = decode_inputs(32, 8, 128, lengths=[3000, 16, 700, 2048])
+    assert x.page_table is not None
+    x.page_table[:, 0] = x.page_table[0, 0]
     call(x)
+    with shared_prefix.force(True):
+        call(x, None, 16)
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         call(x)
+        with shared_prefix.force(True):
+            call(x, None, 16)
         headfold.flash_attn_func(
             *(torch.randn(1, 300, h, 64, device="cuda", dtype=torch.float16) for h in (4, 2, 2))
         )
@@ -124,3 +176,27 @@ def test_a_thousand_runs_give_the_same_bits() -> None:
         again, again_lse = call(x)
         assert torch.equal(first, again), i
         assert torch.equal(first_lse, again_lse), i
+
+
+def test_a_captured_graph_follows_a_mask_that_changes() -> None:
+    """The list of live blocks is made anew in every replay, in room that the plan fixed; here for the Triton kernel."""
+    q = torch.randn(2, 512, 8, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(2, 1000, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    mask = torch.zeros(1, 8, 512, 1000, device="cuda")
+    x = Inputs(q, k, v, mask=mask.expand(2, -1, -1, -1), num_splits=1)
+    _, plan = backends.plan_of(x)
+    assert (plan.backend, plan.kernel) == ("triton", "prefill")
+    assert plan.mask_list_bytes > 0
+    out, lse = torch.empty_like(q), torch.empty(x.lse_shape, device="cuda")
+    backends.run(x, out, lse)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backends.run(x, out, lse)
+    for live in (0.0, 0.1, 0.5, 1.0):
+        squares = torch.rand(1, 8, 16, 32, device="cuda") < live
+        keep = squares.repeat_interleave(32, 2).repeat_interleave(32, 3)[..., :1000]
+        mask.copy_(torch.randn_like(mask).masked_fill(~keep, float("-inf")))
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_accurate(x, out, lse)

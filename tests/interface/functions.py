@@ -27,7 +27,7 @@ SIGNATURES = {
         v_descale=None, softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0,
         rotary_interleaved=True, scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0,
         return_softmax_lse=False, *, learnable_sink=None, alibi_slopes=None, tree_mask=None,
-        tokens_per_split=None, out=None""",
+        tokens_per_split=None, out=None, shared_prefix_len=None, shared_prefix_groups=None""",
     "flash_attn_combine": """out_partial, lse_partial, out=None, out_dtype=None, *, cu_seqlens=None, seqused=None,
         return_lse=True""",
     "get_scheduler_metadata": """batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim,

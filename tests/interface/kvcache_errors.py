@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tests.interface.append_errors import angles, new_tensor, with_append
@@ -32,6 +34,13 @@ from tests.interface.bad import (
 from tests.interface.tensors import ints, rand
 
 TREE = torch.ones(2, 3, 3, dtype=torch.bool)
+LONG_ENOUGH = {**PAGED, "cache_seqlens": ints(8, 7)}
+
+
+def shared(message: str, kind: type[Exception] = ValueError, **promise: Any) -> list[Bad]:
+    """A promise that does not fit, in a call that reads pages and in one that appends to them too."""
+    calls = (LONG_ENOUGH, {**PAGED, **APPEND})
+    return [wrong(message, kind, **base, **promise) for base in calls]
 
 
 KVCACHE_ERRORS: dict[str, list[Bad]] = {
@@ -129,6 +138,85 @@ KVCACHE_ERRORS: dict[str, list[Bad]] = {
         ),
         # The queries are wrong, and packed bits must not hide it.
         wrong("q has shape (8); it must be (", q=Q[0, 0, 0], tree_mask=TREE.byte()[..., :1]),
+    ],
+    "shared_prefix_len": [
+        *(
+            bad
+            for value in (4.0, True, "4", torch.tensor(4), {4})
+            for bad in shared(
+                f"shared_prefix_len is {value!r}; it must be an int on the host",
+                TypeError,
+                shared_prefix_len=value,
+            )
+        ),
+        *shared(
+            "shared_prefix_len[1] is 4.0; it must be an int on the host",
+            TypeError,
+            shared_prefix_len=[4, 4.0],
+            shared_prefix_groups=[1, 1],
+        ),
+        *shared("shared_prefix_len is -4; it must be >= 0, and 0 shares nothing", shared_prefix_len=-4),
+        *shared(
+            "shared_prefix_len is 7; it must be a multiple of the page_size 4: use 4", shared_prefix_len=7
+        ),
+        *shared("shared_prefix_len is 12; the page table has room for 8 keys", shared_prefix_len=12),
+        *shared("shared_prefix_len has 2 entries; there is 1 group", shared_prefix_len=[4, 4]),
+        *shared("shared_prefix_len has 0 entries; there is 1 group", shared_prefix_len=[]),
+        *shared(
+            "shared_prefix_len has 1 entries; there are 2 groups",
+            shared_prefix_len=[4],
+            shared_prefix_groups=[1, 1],
+        ),
+        wrong("shared_prefix_len is 4 without a page_table; what sequences share", shared_prefix_len=4),
+        wrong(
+            "shared_prefix_len is 4 without a page_table; what sequences share",
+            shared_prefix_len=4,
+            cache_batch_idx=ints(0, 0),
+        ),
+        # Other arguments are wrong, and a promise must not hide it.
+        wrong("q has shape (3, 4, 8); it must be (b, sq, h, d)", **LONG_ENOUGH, q=Q[0], shared_prefix_len=4),
+        wrong(
+            "page_table has shape (2); it must be (2, max_pages) for this batch",
+            **{**LONG_ENOUGH, "page_table": TABLE[0]},
+            shared_prefix_len=4,
+        ),
+    ],
+    "shared_prefix_groups": [
+        *(
+            bad
+            for value in (2, 2.0, "11", ints(1, 1), {1: 1})
+            for bad in shared(
+                f"shared_prefix_groups is {value!r}; it must be a sequence of ints on the host",
+                TypeError,
+                shared_prefix_len=4,
+                shared_prefix_groups=value,
+            )
+        ),
+        *shared(
+            "shared_prefix_groups[0] is None; it must be an int on the host",
+            TypeError,
+            shared_prefix_len=4,
+            shared_prefix_groups=[None, 1],
+        ),
+        *shared(
+            "shared_prefix_groups[1] is 0; a group has at least 1 sequence",
+            shared_prefix_len=4,
+            shared_prefix_groups=[2, 0],
+        ),
+        *shared(
+            "shared_prefix_groups has sizes that sum to 3; they must sum to the batch of 2",
+            shared_prefix_len=4,
+            shared_prefix_groups=[1, 2],
+        ),
+        *shared(
+            "shared_prefix_groups has sizes that sum to 0; they must sum to the batch of 2",
+            shared_prefix_len=0,
+            shared_prefix_groups=[],
+        ),
+        *shared(
+            "shared_prefix_groups is given without shared_prefix_len; it says which sequences",
+            shared_prefix_groups=[1, 1],
+        ),
     ],
     "rotary_interleaved": flag("rotary_interleaved"),
     "return_softmax_lse": flag("return_softmax_lse"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from headfold import shared_prefix
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate, make
 from tests.conftest import Target
@@ -32,6 +33,9 @@ FEATURES: dict[str, dict[str, Any]] = {
         "alibi_slopes": rand(2, 4).abs(),
     },
 }
+
+# What three sequences share, which is no field of Inputs: changes where keys are read alone.
+SHARED: dict[str, Any] = {"shared_prefix_len": [8, 4], "shared_prefix_groups": [2, 1]}
 
 
 def given(x: Inputs) -> dict[str, Any]:
@@ -75,9 +79,21 @@ def test_features(target: Target, run: Run, q_layout: str, kv_layout: str, field
     assert_accurate(x, got, lse, factor)
 
 
+def test_a_shared_prefix(target: Target) -> None:
+    x = make(
+        [2, 2, 2], [23, 14, 9], kv_layout="paged", page_size=4, causal=True, slack=0, device=target.device
+    )
+    assert x.page_table is not None
+    x.page_table[1, :2] = x.page_table[0, :2]
+    with shared_prefix.force(True):
+        got, lse = kvcache(x, causal=True, **SHARED)
+    assert_accurate(x, got, lse)
+
+
 def test_every_feature_argument_has_a_result_test() -> None:
     x = make([1], [1])
     tested = {name for fields in FEATURES.values() for name in given(dataclasses.replace(x, **fields))}
+    tested |= SHARED.keys()
     for function in ATTENTION:
         keyword_only = {
             p.name

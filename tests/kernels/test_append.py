@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from headfold import prepared
 from headfold.backends import append as launcher
 from headfold.backends.cpu_append import rotate
 from headfold.kernels.append import APPEND_ARGUMENTS, append_kernel
@@ -111,12 +111,13 @@ def test_an_append_is_one_launch(kernels: Target, monkeypatch: pytest.MonkeyPatc
     """Caches, rotation and lengths at once: each launch costs a decoding step 20 us of host time."""
     grids: list[tuple[int, ...]] = []
 
-    class Counting:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            grids.append(grid)
-            return append_kernel[grid]
+    class Counting(launcher.Launcher):
+        def __call__(self, arguments: tuple[int | float, ...]) -> None:
+            grids.append(self._grid)
+            super().__call__(arguments)
 
-    monkeypatch.setattr(launcher, "append_kernel", Counting())
+    monkeypatch.setattr(launcher, "Launcher", Counting)
+    prepared._kept.clear()
     for ragged in (False, True):
         case = make([4, 1], [3, 3], ragged=ragged, page_size=3, rotary_dim=4, device=kernels.device)
         assert call(case.x).tolist() == [7, 4]

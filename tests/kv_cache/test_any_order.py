@@ -21,6 +21,7 @@ from tests.kv_cache.caches import (
     make_cache,
     state_of,
 )
+from tests.kv_cache.test_shared_prefix import assert_as_looked_up
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -183,6 +184,11 @@ class CacheMachine(RuleBasedStateMachine):
         if self.model:
             for i in set(range(6)) - set(self.model):
                 assert int(self.cache.lengths[i]) == 0
+
+    @invariant()
+    def what_neighbours_share_is_what_their_page_tables_say(self) -> None:
+        if self.model:
+            assert_as_looked_up(self.cache, sorted(self.model))
 
     @invariant()
     def every_page_is_accounted_for(self) -> None:

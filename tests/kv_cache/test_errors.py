@@ -102,6 +102,18 @@ CALLS: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
         ValueError,
         "ids [1] is 5; no such sequence; ids come from allocate and fork",
     ),
+    (
+        "shared_prefix",
+        ([0, 5],),
+        ValueError,
+        "ids [1] is 5; no such sequence; ids come from allocate and fork",
+    ),
+    (
+        "shared_prefix",
+        (torch.tensor([0, 1]),),
+        TypeError,
+        "ids is tensor([0, 1]); it must be an int on the host",
+    ),
     ("write", ([0], K[0], V[0]), TypeError, "slots is a list; it must be a torch.Tensor"),
     (
         "write",

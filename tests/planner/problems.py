@@ -51,6 +51,10 @@ def problems(draw: st.DrawFn, max_length: int = 5000) -> Problem:
     q_layout = draw(st.sampled_from(("dense", "ragged")))
     kv_layout = draw(st.sampled_from(("dense", "ragged", "paged")))
     side = st.none() | st.integers(0, max_length)
+    tensor_mask = draw(st.booleans())
+    sizes = (0, 0, 0, 0)
+    if tensor_mask and q_layout == kv_layout == "dense" and draw(st.booleans()):
+        sizes = (*(draw(st.sampled_from((1, n))) for n in (batch, kv_heads * group, sq)), sk)  # type: ignore[assignment]
     return problem(
         kv_heads * group,
         kv_heads,
@@ -73,7 +77,8 @@ def problems(draw: st.DrawFn, max_length: int = 5000) -> Problem:
         tma_strides=draw(st.booleans()),
         softcap=draw(st.booleans()),
         attention_chunk=draw(st.sampled_from((0, 0, 1, 100, 4096))),
-        tensor_mask=draw(st.booleans()),
+        tensor_mask=tensor_mask,
+        mask_sizes=sizes,
         featured=draw(st.booleans()),
         rotary=draw(st.booleans()),
         num_splits=draw(st.sampled_from((0, 0, 0, 1, 3, 256))),

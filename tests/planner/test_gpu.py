@@ -4,6 +4,7 @@ what is launched."""
 from __future__ import annotations
 
 import inspect
+import math
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import replace
@@ -593,7 +594,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     pytest.importorskip("triton")
     from headfold.backends import triton as launcher
 
-    for kernel in ("decode_kernel", "prefill_kernel", "merge_kernel"):
+    for kernel in ("decode_kernel", "prefill_kernel", "merge_kernel", "mask_blocks_kernel"):
         monkeypatch.setattr(launcher, kernel, Recorder())
     return launcher
 
@@ -613,6 +614,7 @@ def launch_cases() -> dict[str, Inputs]:
         "paged": make([1, 1], [100, 33], kv_layout="paged", page_size=24, dtype=torch.float16),
         "mask, slopes, sink": featured(("bool_mask", "slopes", "sink"), [2, 2], [90, 90], slack=0),
         "added mask, softcap": featured(("added_mask", "softcap"), [70] * 2, [70] * 2, slack=0, num_splits=1),
+        "mask in a prefill": featured(("bool_mask",), [170] * 2, [70] * 2, slack=0, num_splits=1, heads=6),
         "tree, rows, chunk": featured(("tree", "batch_idx", "leftpad", "chunk"), [3, 3], [90, 60]),
         "rotary, paged": featured(("rotary", "batch_idx"), [2, 1], [90, 60], kv_layout="paged", seed=1),
     }
@@ -644,6 +646,18 @@ def test_the_planned_blocks_are_the_launched_ones(launcher: Any, name: str, devi
     assert (keywords["ROTARY"], keywords["PAGED"]) == (plan.rotary, x.page_table is not None)
     assert keywords.get("TMA", False) == plan.use_tma
     assert any(value is plan.fold for value in args)
+    assert len(launcher.mask_blocks_kernel.launches) == (plan.mask_list_bytes > 0)
+    if plan.mask_list_bytes:
+        [(grid, blocks, keywords)] = launcher.mask_blocks_kernel.launches
+        assert grid == (math.prod(plan.mask_lists),)
+        assert (keywords["BLOCK_M"], keywords["BLOCK_N"]) == (plan.block_m, plan.block_n)
+        names = inspect.signature(launcher_kernel("prefill").fn).parameters
+        told = dict(zip(names, args, strict=False))
+        names = inspect.signature(launcher_kernel("mask_blocks").fn).parameters
+        # Where the mask does not broadcast, both kernels are told the same of it, of the lengths and of the lists.
+        for name, value in zip(names, blocks, strict=False):
+            if name in told and not name.startswith("mask_stride"):
+                assert value == told[name], name
     assert len(launcher.merge_kernel.launches) == (plan.workspace > 0)
     if plan.workspace:
         [(grid, merged, keywords)] = launcher.merge_kernel.launches
@@ -661,10 +675,14 @@ def test_the_planned_blocks_are_the_launched_ones(launcher: Any, name: str, devi
 
 def launcher_kernel(name: str) -> Any:
     """The kernel itself, where the launcher has a recorder."""
-    from headfold.kernels.decode import decode_kernel
-    from headfold.kernels.merge import merge_kernel
+    from headfold.kernels import decode, mask_blocks, merge, prefill
 
-    return {"decode": decode_kernel, "merge": merge_kernel}[name]
+    return {
+        "decode": decode.decode_kernel,
+        "merge": merge.merge_kernel,
+        "prefill": prefill.prefill_kernel,
+        "mask_blocks": mask_blocks.mask_blocks_kernel,
+    }[name]
 
 
 def test_launch_cases_reach_every_kernel_and_the_search() -> None:
@@ -685,13 +703,9 @@ def test_launch_cases_reach_every_kernel_and_the_search() -> None:
 def test_a_launch_gives_every_kernel_parameter_once(launcher: Any, name: str) -> None:
     """Arguments are positional: one too few or in the wrong place would shift all that follow."""
     from headfold.backends.triton import KINDS, address
-    from headfold.kernels import decode, merge, prefill
 
-    kernels = {
-        "decode_kernel": decode.decode_kernel,
-        "prefill_kernel": prefill.prefill_kernel,
-        "merge_kernel": merge.merge_kernel,
-    }
+    names = ("decode", "prefill", "merge", "mask_blocks")
+    kernels = {f"{name}_kernel": launcher_kernel(name) for name in names}
     x = launch_cases()[name]
     with backends.force(H200):
         backends.run(x, *poisoned(x))
@@ -704,7 +718,11 @@ def test_a_launch_gives_every_kernel_parameter_once(launcher: Any, name: str) ->
             assert set(bound) == set(inspect.signature(jit.fn).parameters)
             strides = {k: v for k, v in bound.items() if "stride" in k}
             assert all(isinstance(v, int) for v in strides.values())
-            if kernel != "merge_kernel":
+            if kernel == "mask_blocks_kernel":
+                assert x.mask is not None
+                assert (bound["mask"], bound["mask_kind"]) == (address(x.mask), KINDS[x.mask.dtype])
+                assert bound["mask_stride_k"] == x.mask.stride(3)
+            elif kernel != "merge_kernel":
                 assert bound["Q"] == x.q.data_ptr()
                 assert bound["page_table"] == address(x.page_table)
                 # Packed tiles search their sequence.

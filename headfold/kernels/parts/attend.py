@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from headfold.kernels.parts.address import load_index
 from headfold.kernels.parts.kv import row_offsets
 from headfold.kernels.parts.mask import linear_bias, mask_bias, tree_visible
 from headfold.kernels.parts.softmax import soft_cap, softmax_step, softmax_step_log2
@@ -72,6 +73,7 @@ def attend(
     k_desc,
     v_desc,
     table,
+    listed,
     first_block,
     last_block,
     key_low,
@@ -105,6 +107,7 @@ def attend(
 ):
     """Run blocks first_block..last_block of the keys from key_low on; returns the state after them.
 
+    With an address in `listed`, not None and not 0, these are places in the list of block numbers (int32) there.
     state is (output part 0, output part 1, row maximum, row sum); queries (part 0, part 1) of the tile.
     row_low, row_high (BLOCK_M,) bound the keys that each row sees; key_high the keys of the tile; row_position
     is where a row stands among the keys; lengths is (sq, sk); scales (softmax, softcap); slopes (address or 0, slope
@@ -113,7 +116,10 @@ def attend(
     FEATURED in log2 units.
     """
     acc0, acc1, row_max, row_sum = state
-    for block in range(first_block, last_block):
+    for i in range(first_block, last_block):
+        block = i
+        if listed is not None:
+            block = load_index(listed, i, i)
         first = key_low + block * BLOCK_N
         j = first + tl.arange(0, BLOCK_N)
         # Past the end the last key is read again and its weight set to 0: no byte beyond the tile's keys is touched,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from headfold.kernels.parts.address import BYTE, FLOAT, aligned, pointer, to_float
+from headfold.kernels.parts.address import BYTE, FLOAT, aligned, load_index, pointer, to_float
 
 
 @triton.jit
@@ -21,6 +21,18 @@ def mask_elements(
 
 
 @triton.jit
+def to_bias(raw, kind):
+    """What elements of a mask, as they were loaded, add to scores: float32 in log2 units, -inf to hide a key."""
+    if raw.dtype == tl.uint8:
+        bias = tl.where(raw != 0, 0.0, float("-inf"))
+    elif raw.dtype == tl.float32:
+        bias = raw * 1.4426950408889634
+    else:
+        bias = to_float(raw, kind) * 1.4426950408889634
+    return bias
+
+
+@triton.jit
 def mask_bias(mask, first, sk, live, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
     """The bias of a mask for keys first.. of the rows of a tile, (BLOCK_M, BLOCK_N) float32: -inf hides a key.
 
@@ -31,11 +43,9 @@ def mask_bias(mask, first, sk, live, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
     address, kind, wide, stride_key, rows = mask
     inside = live[:, None] & (first + tl.arange(0, BLOCK_N) < sk)[None, :]
     if WIDE == 1:
-        kept = mask_elements(address, rows, first, stride_key, inside, tl.uint8, 16, BLOCK_N)
-        bias = tl.where(kept != 0, 0.0, float("-inf"))
+        bias = to_bias(mask_elements(address, rows, first, stride_key, inside, tl.uint8, 16, BLOCK_N), kind)
     elif WIDE == 2:
-        raw = mask_elements(address, rows, first, stride_key, inside, tl.int16, 8, BLOCK_N)
-        bias = to_float(raw, kind) * 1.4426950408889634
+        bias = to_bias(mask_elements(address, rows, first, stride_key, inside, tl.int16, 8, BLOCK_N), kind)
     else:
         bias = any_mask_bias(mask, first, inside, BLOCK_N)
     return bias
@@ -47,22 +57,22 @@ def any_mask_bias(mask, first, inside, BLOCK_N: tl.constexpr):
     address, kind, wide, stride_key, rows = mask
     if kind == BYTE:
         if wide != 0:
-            kept = mask_elements(address, rows, first, stride_key, inside, tl.uint8, 16, BLOCK_N)
+            raw = mask_elements(address, rows, first, stride_key, inside, tl.uint8, 16, BLOCK_N)
         else:
-            kept = mask_elements(address, rows, first, stride_key, inside, tl.uint8, 1, BLOCK_N)
-        bias = tl.where(kept != 0, 0.0, float("-inf"))
+            raw = mask_elements(address, rows, first, stride_key, inside, tl.uint8, 1, BLOCK_N)
+        bias = to_bias(raw, kind)
     elif kind == FLOAT:
         if wide != 0:
-            bias = mask_elements(address, rows, first, stride_key, inside, tl.float32, 4, BLOCK_N)
+            numbers = mask_elements(address, rows, first, stride_key, inside, tl.float32, 4, BLOCK_N)
         else:
-            bias = mask_elements(address, rows, first, stride_key, inside, tl.float32, 1, BLOCK_N)
-        bias = bias * 1.4426950408889634
+            numbers = mask_elements(address, rows, first, stride_key, inside, tl.float32, 1, BLOCK_N)
+        bias = to_bias(numbers, kind)
     else:
         if wide != 0:
-            raw = mask_elements(address, rows, first, stride_key, inside, tl.int16, 8, BLOCK_N)
+            bits = mask_elements(address, rows, first, stride_key, inside, tl.int16, 8, BLOCK_N)
         else:
-            raw = mask_elements(address, rows, first, stride_key, inside, tl.int16, 1, BLOCK_N)
-        bias = to_float(raw, kind) * 1.4426950408889634
+            bits = mask_elements(address, rows, first, stride_key, inside, tl.int16, 1, BLOCK_N)
+        bias = to_bias(bits, kind)
     return bias
 
 
@@ -78,6 +88,21 @@ def tree_visible(tree, j, first_new, sq, live):
     at = pointer(address, tl.uint8, 1) + rows[:, None] + column.to(tl.int64)[None, :]
     listed = tl.load(at, mask=inside, other=0)
     return (column < 0)[None, :] | (listed != 0)
+
+
+@triton.jit
+def untouched_blocks(key_low, blocks, sq, sk, mask, tree, BLOCK_N: tl.constexpr):
+    """How many of `blocks` blocks of keys from key_low on come before all that a mask or a tree (addresses, 0 for none)
+    says something about: none under a mask, those that end before the newest sq keys under a tree, else all."""
+    before = tl.minimum(tl.maximum(sk - sq - key_low, 0) // BLOCK_N, blocks)
+    return tl.where(mask != 0, 0, tl.where(tree != 0, before, blocks))
+
+
+@triton.jit
+def list_at(lists, offset, blocks):
+    """(address of the block numbers of the list at `offset`, 0 without lists; how many they are, else `blocks`)."""
+    numbers = tl.where(lists != 0, lists + 4 * offset + 4, 0)
+    return numbers, load_index(numbers, -1, blocks)
 
 
 @triton.jit
