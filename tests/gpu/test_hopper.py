@@ -11,7 +11,7 @@ from headfold.planner import Plan, running_device
 from headfold.planner.hopper import plan_hopper
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
-from tests.hopper_calls import drawn, drawn_ragged, in_pages
+from tests.hopper_calls import LAYOUTS, drawn, drawn_ragged, in_pages
 
 pytestmark = [
     pytest.mark.gpu,
@@ -165,15 +165,17 @@ def paged_rows(
 @pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (256, 256), (192, 128), (96, 96)])
 @pytest.mark.parametrize("page_size", [8, 16, 24, 48, 64, 128, 256])
 def test_pages_give_the_bits_of_rows(page_size: int, d: int, dv: int, window: tuple[int, int]) -> None:
-    """Shuffled pages; NaN in pages that nobody owns and past the ends; garbage in the table past the ends."""
+    """Pages in order and shuffled, in every layout of engines; NaN in pages that nobody owns and past the ends; garbage
+    in the table past the ends."""
     torch.manual_seed(page_size + d)
     for lengths, q_lens in (([700, 0, 1300, 129], 200), ([333, 900, 64], [300, 1, 150])):
         rows = paged_rows(lengths, q_lens, d, dv, window)
         want = attend(rows)
         assert_accurate(rows, *want)
-        got = attend(in_pages(rows, lengths, page_size))
-        assert torch.equal(got[0].nan_to_num(5.0), want[0].nan_to_num(5.0))
-        assert torch.equal(got[1].nan_to_num(5.0), want[1].nan_to_num(5.0))
+        for shuffled, layout in ((False, "apart"), *((True, one) for one in LAYOUTS)):
+            got = attend(in_pages(rows, lengths, page_size, shuffled=shuffled, layout=layout))
+            assert torch.equal(got[0], want[0]), (lengths, shuffled, layout)
+            assert torch.equal(got[1], want[1]), (lengths, shuffled, layout)
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 64, 128])

@@ -18,7 +18,8 @@ from headfold.kernels.hopper import spans
 from headfold.planner import hopper as planner
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
-from tests.hopper_calls import SMALL, SMALL_RAGGED, drawn, drawn_ragged, in_pages
+from tests.gluon_emulator.engines import Descriptor
+from tests.hopper_calls import LAYOUTS, SMALL, SMALL_RAGGED, drawn, drawn_ragged, in_pages
 from tests.kernels.emulated import attend
 
 
@@ -131,9 +132,43 @@ def test_pages_give_the_bits_of_rows(
     rows = Inputs(k=k, v=v, seqused_k=used, window_left=window[0], window_right=window[1], **queries)
     want = attend(rows)
     assert_accurate(rows, *want)
-    pages = in_pages(rows, lengths, page_size)
-    for seed in range(2):
-        assert same(attend(pages, seed), want)
+    for seed, layout in enumerate(LAYOUTS):
+        assert same(attend(in_pages(rows, lengths, page_size, shuffled=seed > 0, layout=layout), seed), want)
+
+
+@pytest.mark.parametrize("d", [128, 256])
+@pytest.mark.parametrize(("page_size", "left"), [(8, -1), (8, 40), (48, -1), (48, 40), (256, -1), (256, 40)])
+def test_boxes_lie_in_pages_of_the_sequence(
+    monkeypatch: pytest.MonkeyPatch, d: int, page_size: int, left: int
+) -> None:
+    """What the copy engine is sent for: rows within a page that a window reaches into, or page -1 past the ends.
+
+    Any other page outside the tensor would come as zeros too, and garbage in the table would be followed unseen.
+    """
+    torch.manual_seed(page_size)
+    lengths = [130, 0, 333]
+    rows = Inputs(
+        rand(3, 150, 2, d), rand(3, 340, 1, d), rand(3, 340, 1, d), window_left=left, window_right=0
+    )
+    rows.seqused_k = torch.tensor(lengths, dtype=torch.int32)
+    x = in_pages(rows, lengths, page_size)
+    assert x.page_table is not None
+    seen: set[int] = set()
+    for pages, n in zip(x.page_table.tolist(), lengths, strict=True):
+        first = max(n - 150 - left, 0) // 16 * 16 if left >= 0 else 0
+        seen |= set(pages[first // page_size : -(-n // page_size)])
+    boxes: list[tuple[list[int], list[int]]] = []
+    box = Descriptor.box
+
+    def recorded(self: Descriptor, corner: list[int]) -> torch.Tensor:
+        if self.sizes[0] == x.k.shape[0]:
+            boxes.append((corner, self.block_shape))
+        return box(self, corner)
+
+    monkeypatch.setattr(Descriptor, "box", recorded)
+    attend(x)
+    assert {corner[0] for corner, _ in boxes} == seen | {-1}
+    assert all(0 <= corner[2] <= page_size - shape[2] for corner, shape in boxes)
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 128])

@@ -162,3 +162,6 @@ def test_extras_name_what_a_call_asks_beyond() -> None:
     x = inputs()
     x.k = x.k[:, :, :1].expand(1, 300, 2, 128)
     assert problem_of(x).extras == ("an expanded tensor",)
+    x = inputs(seqused_k=torch.zeros(1, dtype=torch.int32), page_table=torch.zeros(1, 4, dtype=torch.int32))
+    x.k = x.v = torch.empty(0, 16, 2, 128, dtype=torch.bfloat16)  # a descriptor needs a size of 1 at least
+    assert problem_of(x).extras == ("cache without a page",)
