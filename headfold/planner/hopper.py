@@ -43,6 +43,8 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
     keys = block_keys(p)
     head_bytes = p.max_seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
     section = max(1, int(device.l2 * SECTION_OF_L2) // head_bytes) * p.group
+    box = page_rows(p) if p.kv_layout == "paged" else 0
+    pages = (f"keys come in boxes of {box}, each from one page of {p.page_size}",) if box else ()
     workers = min(max(1, device.sms - p.sm_margin), p.batch * per_sequence * p.num_heads)
     return Plan(
         backend="hopper",
@@ -58,14 +60,15 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
         d_parts=(d, 0),
         dv_parts=(dv, 0),
         use_tma=True,
-        paged=p.kv_layout == "paged",
-        page_rows=page_rows(p) if p.kv_layout == "paged" else 0,
+        paged=box > 0,
+        page_rows=box,
         workers=workers,
         section=min(section, p.batch * p.num_heads),
         shared_memory=shared_memory(p, keys),
         reasons=(
             "two warpgroups compute while a third fetches through the copy engine (Gluon, docs/hopper.md)",
             "a tile holds rows of one head: the heads of a group find K and V in the L2 cache",
+            *pages,
         ),
     )
 

@@ -35,14 +35,12 @@ def variants() -> dict[str, Inputs]:
         found[f"d{d}/{dv} ragged"] = ragged = call(d, dv)
         ragged.seqused_k = torch.empty(2, dtype=torch.int32)
     found["d128/128 float16 dense"] = call(128, 128, torch.float16)
-    for d in (64, 128, 256):
-        found[f"d{d}/{d} left window"] = left = call(d, d)
+    for d, dv in ((64, 64), (128, 128), (256, 256), (192, 128)):
+        for page_size in (8, 64):
+            found[f"d{d}/{dv} pages of {page_size}"] = paged(d, dv, page_size)
+        found[f"d{d}/{dv} left window"] = left = call(d, dv)
         left.window_left = 100
-        for page_size in (
-            (8, 16, 64, 128) if d < 256 else (8, 16, 64)
-        ):  # blocks of 64 keys lie in pages of 128 alike
-            found[f"d{d}/{d} pages of {page_size}"] = paged(d, page_size)
-        found[f"d{d}/{d} pages of 16, left window"] = left = paged(d, 16)
+        found[f"d{d}/{dv} pages of 16, left window"] = left = paged(d, dv, 16)
         left.window_left = 100
     for d, mask in [(128, m) for m in MASKS] + [
         (64, torch.bfloat16),
@@ -59,10 +57,9 @@ def call(d: int, dv: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
     return Inputs(q, k, torch.empty(2, 512, 2, dv, dtype=dtype))
 
 
-def paged(d: int, page_size: int) -> Inputs:
-    x = call(d, d)
-    x.k = torch.empty(64, page_size, 2, d, dtype=x.q.dtype)
-    x.v = torch.empty_like(x.k)
+def paged(d: int, dv: int, page_size: int) -> Inputs:
+    x = call(d, dv)
+    x.k, x.v = (torch.empty(64, page_size, 2, n, dtype=x.q.dtype) for n in (d, dv))
     x.page_table = torch.empty(2, 4096 // page_size, dtype=torch.int32)
     x.seqused_k = torch.empty(2, dtype=torch.int32)
     return x

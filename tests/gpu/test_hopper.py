@@ -179,7 +179,7 @@ def test_pages_give_the_bits_of_rows(page_size: int, d: int, dv: int, window: tu
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 64, 128])
-@pytest.mark.parametrize("left", [-1, 37])
+@pytest.mark.parametrize("left", [-1, 37, 45])
 def test_chunked_prefill_on_pages(page_size: int, left: int) -> None:
     """200 queries at the end of 700 keys. Keys that left the window are NaN, and their pages are anyone's."""
     rows = paged_rows([700], 200, 128, 128, (left, 0))

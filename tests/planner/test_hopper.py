@@ -86,6 +86,7 @@ def test_a_box_of_a_paged_cache_lies_in_one_page(page_size: int, d: int, left: i
     plan = make_plan(prefill(head_dim=d, head_dim_v=d, **paged), H200)
     assert (plan.backend, plan.paged, plan.page_rows) == ("hopper", True, rows)
     assert plan.block_n % rows == page_size % rows == 0
+    assert f"boxes of {rows}, each from one page of {page_size}" in plan.reasons[-1]
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 4, 12, 20, 100])
