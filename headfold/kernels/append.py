@@ -124,80 +124,77 @@ def append_kernel(
     length = load_index(cache_seqlens, seq, 0)
     angle = tl.where(rotary_seqlens != 0, load_index(rotary_seqlens, seq, 0), length)
     slot = load_index(cache_batch_idx, seq, seq)
+    if tile * BLOCK_M < count * heads:
+        row, token, head = fold_rows(tile * BLOCK_M, heads, BLOCK_M)
+        live = row < count * heads
+        token_row = (first + token).to(tl.int64)
+        head = head.to(tl.int64)
+        batch_row = seq.to(tl.int64)
+        cos_rows = pointer(cos, ANGLE, ROTARY_ALIGN)
+        sin_rows = pointer(sin, ANGLE, ROTARY_ALIGN)
+        if turns_q:
+            if ROTARY_DIM > 0:
+                q_rows = batch_row * aligned(q_stride_b, ALIGN) + token_row * aligned(q_stride_s, ALIGN)
+                turned = load_rotated(
+                    pointer(Q, ELEMENT, ALIGN),
+                    q_rows + head * aligned(q_stride_h, ALIGN),
+                    live,
+                    angle + token * q_advances,
+                    cos_rows,
+                    sin_rows,
+                    cos_stride,
+                    sin_stride,
+                    max_positions,
+                    HEAD_DIM,
+                    0,
+                    BLOCK_D,
+                    ROTARY_DIM,
+                    INTERLEAVED,
+                    ROTARY_ALIGN,
+                )
+                t_rows = batch_row * aligned(turned_stride_b, ALIGN)
+                t_rows += token_row * aligned(turned_stride_s, ALIGN) + head * aligned(turned_stride_h, ALIGN)
+                store_rows(pointer(Turned, ELEMENT, ALIGN), t_rows, live, turned, HEAD_DIM, 0, BLOCK_D)
+        else:
+            # Every load that does not wait for the length comes before those that do, and before any store.
+            v_rows = batch_row * aligned(v_stride_b, ALIGN) + token_row * aligned(v_stride_s, ALIGN)
+            v_rows += head * aligned(v_stride_h, ALIGN)
+            values = load_rows(pointer(V, ELEMENT, ALIGN), v_rows, live, HEAD_DIM_V, 0, BLOCK_DV)
+            k_rows = batch_row * aligned(k_stride_b, ALIGN) + token_row * aligned(k_stride_s, ALIGN)
+            k_rows += head * aligned(k_stride_h, ALIGN)
+            if ROTARY_DIM > 0:
+                keys = load_rotated(
+                    pointer(K, ELEMENT, ALIGN),
+                    k_rows,
+                    live,
+                    angle + token,
+                    cos_rows,
+                    sin_rows,
+                    cos_stride,
+                    sin_stride,
+                    max_positions,
+                    HEAD_DIM,
+                    0,
+                    BLOCK_D,
+                    ROTARY_DIM,
+                    INTERLEAVED,
+                    ROTARY_ALIGN,
+                )
+            else:
+                keys = load_rows(pointer(K, ELEMENT, ALIGN), k_rows, live, HEAD_DIM, 0, BLOCK_D)
+            place = length + token
+            fits = live & (place >= 0) & (place < capacity)
+            cache_row, spot, fits = cache_rows_of(
+                place, fits, slot, page_table, table_stride, pages, page_size, cache_rows
+            )
+            kc_rows = cache_row * aligned(kc_stride_b, ALIGN) + spot * aligned(kc_stride_s, ALIGN)
+            kc_rows += head * aligned(kc_stride_h, ALIGN)
+            store_rows(pointer(KCache, ELEMENT, ALIGN), kc_rows, fits, keys, HEAD_DIM, 0, BLOCK_D)
+            vc_rows = cache_row * aligned(vc_stride_b, ALIGN) + spot * aligned(vc_stride_s, ALIGN)
+            vc_rows += head * aligned(vc_stride_h, ALIGN)
+            store_rows(pointer(VCache, ELEMENT, ALIGN), vc_rows, fits, values, HEAD_DIM_V, 0, BLOCK_DV)
     if (tile == 0) & (turns_q == 0):
         # What did not fit is not there; a sequence without a cache row has nothing.
         total = tl.maximum(tl.minimum(tl.minimum(length, capacity) + count, capacity), 0)
         total = tl.where((slot >= 0) & (slot < cache_rows), total, 0)
         tl.store(pointer(Lengths, tl.int32, 1) + seq, total)
-    if tile * BLOCK_M >= count * heads:
-        return
-
-    row, token, head = fold_rows(tile * BLOCK_M, heads, BLOCK_M)
-    live = row < count * heads
-    token_row = (first + token).to(tl.int64)
-    head = head.to(tl.int64)
-    batch_row = seq.to(tl.int64)
-    cos_rows = pointer(cos, ANGLE, ROTARY_ALIGN)
-    sin_rows = pointer(sin, ANGLE, ROTARY_ALIGN)
-    if turns_q:
-        if ROTARY_DIM > 0:
-            q_rows = batch_row * aligned(q_stride_b, ALIGN) + token_row * aligned(q_stride_s, ALIGN)
-            turned = load_rotated(
-                pointer(Q, ELEMENT, ALIGN),
-                q_rows + head * aligned(q_stride_h, ALIGN),
-                live,
-                angle + token * q_advances,
-                cos_rows,
-                sin_rows,
-                cos_stride,
-                sin_stride,
-                max_positions,
-                HEAD_DIM,
-                0,
-                BLOCK_D,
-                ROTARY_DIM,
-                INTERLEAVED,
-                ROTARY_ALIGN,
-            )
-            t_rows = batch_row * aligned(turned_stride_b, ALIGN) + token_row * aligned(turned_stride_s, ALIGN)
-            t_rows += head * aligned(turned_stride_h, ALIGN)
-            store_rows(pointer(Turned, ELEMENT, ALIGN), t_rows, live, turned, HEAD_DIM, 0, BLOCK_D)
-        return
-
-    # Every load that does not wait for the length comes before those that do.
-    v_rows = batch_row * aligned(v_stride_b, ALIGN) + token_row * aligned(v_stride_s, ALIGN)
-    v_rows += head * aligned(v_stride_h, ALIGN)
-    values = load_rows(pointer(V, ELEMENT, ALIGN), v_rows, live, HEAD_DIM_V, 0, BLOCK_DV)
-    k_rows = batch_row * aligned(k_stride_b, ALIGN) + token_row * aligned(k_stride_s, ALIGN)
-    k_rows += head * aligned(k_stride_h, ALIGN)
-    if ROTARY_DIM > 0:
-        keys = load_rotated(
-            pointer(K, ELEMENT, ALIGN),
-            k_rows,
-            live,
-            angle + token,
-            cos_rows,
-            sin_rows,
-            cos_stride,
-            sin_stride,
-            max_positions,
-            HEAD_DIM,
-            0,
-            BLOCK_D,
-            ROTARY_DIM,
-            INTERLEAVED,
-            ROTARY_ALIGN,
-        )
-    else:
-        keys = load_rows(pointer(K, ELEMENT, ALIGN), k_rows, live, HEAD_DIM, 0, BLOCK_D)
-    place = length + token
-    fits = live & (place >= 0) & (place < capacity)
-    cache_row, spot, fits = cache_rows_of(
-        place, fits, slot, page_table, table_stride, pages, page_size, cache_rows
-    )
-    kc_rows = cache_row * aligned(kc_stride_b, ALIGN) + spot * aligned(kc_stride_s, ALIGN)
-    kc_rows += head * aligned(kc_stride_h, ALIGN)
-    store_rows(pointer(KCache, ELEMENT, ALIGN), kc_rows, fits, keys, HEAD_DIM, 0, BLOCK_D)
-    vc_rows = cache_row * aligned(vc_stride_b, ALIGN) + spot * aligned(vc_stride_s, ALIGN)
-    vc_rows += head * aligned(vc_stride_h, ALIGN)
-    store_rows(pointer(VCache, ELEMENT, ALIGN), vc_rows, fits, values, HEAD_DIM_V, 0, BLOCK_DV)

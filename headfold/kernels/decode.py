@@ -11,6 +11,7 @@ from headfold.kernels.parts.address import aligned, load_float, load_index, poin
 from headfold.kernels.parts.attend import attend
 from headfold.kernels.parts.division import divide
 from headfold.kernels.parts.mask import untouched_blocks
+from headfold.kernels.parts.prefetch import prefetch_rows
 from headfold.kernels.parts.schedule import (
     count_blocks,
     find_position,
@@ -53,6 +54,7 @@ def decode_kernel(
     ranges: tl.int32,
     even_ranges: tl.int32,
     gap: tl.int32,
+    ahead: tl.int32,
     extent: tl.int32,
     extent_blocks: tl.int32,
     states: tl.int64,
@@ -145,15 +147,19 @@ def decode_kernel(
     of its own: a sequence's result does not depend on who computes it, nor on the other sequences.
 
     A tile that one program computes whole is stored to Out. Else every program stores a state, and merge_kernel merges
-    them in the order of their keys. EARLY: launched while the kernel before this one ends, and waits for it here; the
-    next one may start while this one runs.
+    them in the order of their keys.
+
+    EARLY: launched while the kernel before this one ends, and waits for that end before it reads what may come from
+    it, which is all but the arguments; the next kernel may be launched while this one runs. Rows that the arguments
+    alone name are asked for before the wait, `ahead` blocks of them.
 
     FEATURED knows softcap, sinks, chunks, ALiBi and cache rows, TENSORS masks and trees too, ROTARY turns q: all by
     arguments, each at the price of a branch. WIDE is the element size of a mask that is known to allow wide loads, or 0.
     """
     if EARLY:
-        # In this order: merge_kernel reads lengths before it waits, and an append before this kernel writes them.
-        tl.extra.cuda.gdc_wait()
+        # Before the next kernel is let in: merge_kernel reads lengths before it waits, and an append may write them now.
+        if (cu_seqlens_q | cu_seqlens_k | seqused_q | seqused_k | cache_leftpad) != 0:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     r = divide(tl.program_id(0), (lanes_magic, lanes_shift))
     lane = tl.program_id(0) - r * lanes
@@ -196,6 +202,7 @@ def decode_kernel(
                 item, start = find_position(
                     x, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED
                 )
+    SIZE: tl.constexpr = ELEMENT.primitive_bitwidth // 8
     kv_head = divide(unit * fold, (group_magic, group_shift)).to(tl.int64)
     while x < x_end:
         seq = item
@@ -235,6 +242,20 @@ def decode_kernel(
                     n = tl.where((begin == 0) & (end == blocks), 1, 2)
                     own_state = 2 * r + (begin == 0).to(tl.int32)
         if begin < end:
+            if EARLY:
+                if not PAGED:
+                    if ahead > 0:
+                        at = key_low + begin * BLOCK_N
+                        wanted = tl.minimum(end - begin, ahead)
+                        k_at = K + (seq * k_stride_b + kv_head * k_stride_h) * SIZE
+                        prefetch_rows(
+                            k_at, k_stride_s * SIZE, at, wanted, key_high - 1, BLOCK_N, HEAD_DIM * SIZE
+                        )
+                        v_at = V + (seq * v_stride_b + kv_head * v_stride_h) * SIZE
+                        prefetch_rows(
+                            v_at, v_stride_s * SIZE, at, wanted, key_high - 1, BLOCK_N, HEAD_DIM_V * SIZE
+                        )
+                tl.extra.cuda.gdc_wait()
             cache_row = seq
             angle = 0
             if FEATURED:
@@ -421,3 +442,6 @@ def decode_kernel(
         x = next_start
         start = next_start
         item += 1
+    if EARLY:
+        # By programs without a share too: this kernel must not end before the one that it waits for.
+        tl.extra.cuda.gdc_wait()

@@ -14,7 +14,7 @@ ARGUMENTS = (
 ).split()
 _OWN = (
     "units units_magic units_shift lanes lanes_magic lanes_shift splits splits_magic splits_shift ranges even_ranges gap "
-    "extent extent_blocks states state_lses state_width state_rows fold_magic fold_shift group_magic group_shift"
+    "ahead extent extent_blocks states state_lses state_width state_rows fold_magic fold_shift group_magic group_shift"
 ).split()
 _NOT_OWN = {"group", "out_stride_split", "lse_stride_split", "tokens_per_split"}
 DECODE_ARGUMENTS = [name for name in ARGUMENTS if name not in _NOT_OWN] + _OWN
