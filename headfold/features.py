@@ -32,7 +32,20 @@ def check_features(x: Inputs) -> None:
         if x.cu_seqlens_k is not None:
             raise fail(x, name, "is given with cu_seqlens_k", "it belongs to a dense or paged cache")
     _check_rotary(x)
+    _check_early_lengths(x)
     _check_gradients(x)
+
+
+def _check_early_lengths(x: Inputs) -> None:
+    if not 0 <= x.early_new <= MAX_SEQLEN:
+        raise fail(x, "early_new", f"is {x.early_new}", f"it must be 0 to {MAX_SEQLEN}")
+    if x.early_lengths is None:
+        if x.early_new:
+            raise fail(x, "early_new", f"is {x.early_new}", "it is added to early_lengths")
+        return
+    _check_tensor(x, "early_lengths", x.early_lengths, [(x.batch,)], (torch.int32,))
+    if x.seqused_k is None:
+        raise fail(x, "early_lengths", "is given without seqused_k", "it tells what that will hold")
 
 
 def _check_scalars(x: Inputs) -> None:

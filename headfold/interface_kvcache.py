@@ -184,6 +184,7 @@ def flash_attn_with_kvcache(
         _check_new_batch(k, cu_seqlens_k_new, _batch(q, cu_seqlens_q))
         if groups is not None:
             shared_prefix.check_append(tensors, options, groups, k, cu_seqlens_k_new)
+        before = lengths
         lengths, turned = append(
             k_cache,
             v_cache,
@@ -202,6 +203,9 @@ def flash_attn_with_kvcache(
             options.get("rotary_advances", True),
             caller,
         )
+        if cu_seqlens_k_new is None and cache_batch_idx is None and groups is None:
+            # What the append makes of lengths is known without waiting for it.
+            options |= {"early_lengths": before, "early_new": k.shape[1]}
         if rotates:
             # The append has rotated it in its launch: the angles' loads would stand at the head of every program here.
             q = turned

@@ -25,7 +25,8 @@ ARGS = (
     "int attention_chunk=0, int tokens_per_split=0, Tensor? sink=None, Tensor? alibi_slopes=None, "
     "Tensor? mask=None, Tensor? tree_mask=None, Tensor? cache_batch_idx=None, Tensor? cache_leftpad=None, "
     "Tensor? rotary_cos=None, Tensor? rotary_sin=None, Tensor? rotary_positions=None, "
-    'bool rotary_interleaved=True, bool rotary_advances=True, str caller="attention"'
+    "bool rotary_interleaved=True, bool rotary_advances=True, "
+    'Tensor? early_lengths=None, SymInt early_new=0, str caller="attention"'
 )
 _COMBINE_ARGS = "Tensor out_partial, Tensor lse_partial, Tensor? cu_seqlens=None, Tensor? seqused=None"
 

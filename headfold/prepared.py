@@ -50,6 +50,7 @@ def facts_of(x: Inputs, *results: torch.Tensor) -> tuple[Any, ...]:
         x.rotary_cos,
         x.rotary_sin,
         x.rotary_positions,
+        x.early_lengths,
         *results,
     )
     return (
@@ -70,6 +71,7 @@ def facts_of(x: Inputs, *results: torch.Tensor) -> tuple[Any, ...]:
         x.tokens_per_split,
         x.rotary_interleaved,
         x.rotary_advances,
+        x.early_new,
         x.caller,
     )
 

@@ -55,6 +55,10 @@ class Inputs:
     any strides, expanded ones too; `tree_mask` bool (b, sq, sq) over the newest sq keys. `rotary_cos`,
     `rotary_sin` (max_len, rotary_dim / 2) rotate q at `rotary_positions` (b,), plus i for query i where
     `rotary_advances`.
+
+    `early_lengths` (b,) with `early_new` promises what `seqused_k` will hold, which the append just before this call
+    computes: early_lengths[i] + early_new, at most the cache's capacity. It changes when a length is read, not what a
+    call means.
     """
 
     q: torch.Tensor
@@ -88,6 +92,8 @@ class Inputs:
     rotary_positions: torch.Tensor | None = None
     rotary_interleaved: bool = True
     rotary_advances: bool = True
+    early_lengths: torch.Tensor | None = None
+    early_new: int = 0
     caller: str = "attention"
 
     @property

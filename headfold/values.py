@@ -31,6 +31,11 @@ def check_values(x: Inputs) -> None:
     q_used = _check_used(x, "seqused_q", x.seqused_q, q_lens, q_capacity(x))
     k_slots = k_lens if x.page_table is None or x.seqused_k is None else None
     k_used = _check_used(x, "seqused_k", x.seqused_k, k_slots, k_capacity(x))
+    if x.early_lengths is not None and k_used:
+        for i, n in enumerate(x.early_lengths.tolist()):
+            if k_used[i] != min(n + x.early_new, k_capacity(x)):
+                need = f"with early_new it must be what seqused_k holds, {k_used[i]}"
+                raise fail(x, "early_lengths", f"[{i}] is {n}", need)
     for name, bound, used in (
         ("max_seqlen_q", x.max_seqlen_q, q_used),
         ("max_seqlen_k", x.max_seqlen_k, k_used),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("typer")
 
@@ -15,11 +18,15 @@ from typer.testing import CliRunner
 
 import headfold
 from headfold import cli
-from headfold.bench import selfcheck
+from headfold.bench import selfcheck, shapes, tune
 from headfold.bench.commands import app
 from headfold.bench.results import Result
-from headfold.planner import DEVICES
+from headfold.bench.runner import DeviceLost
+from headfold.bench.tune_goals import goals
+from headfold.planner import DEVICES, tuned_file
+from headfold.planner.tuned import Row, Table
 from tests.bench.tiny import tiny
+from tests.planner.tables import pair, row
 
 __all__ = ["tiny"]
 H200 = Path(__file__).parents[1] / "benchmarks" / "results" / "h200.json"
@@ -42,9 +49,9 @@ def refusal(*args: str) -> str:
 
 def test_help_names_every_command() -> None:
     text = call("--help")
-    assert all(name in text for name in ("bench", "plan", "check", "--version"))
+    assert all(name in text for name in ("bench", "plan", "check", "tune", "--version"))
     assert call() == text
-    for command in ("bench", "plan", "check"):
+    for command in ("bench", "plan", "check", "tune"):
         assert "Usage" in call(command, "--help")
 
 
@@ -219,6 +226,166 @@ def test_check_fails_with_a_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     text = call("check", code=1)
     assert "pip install 'torch>=2.11'" in text
     assert "1 problem: PyTorch" in text
+
+
+H200_TABLE = ("NVIDIA H200", (9, 0))
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A table of an H200, two tiles of which are its own, where a process on one looks for it."""
+    monkeypatch.setenv("HEADFOLD_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("HEADFOLD_TUNED", raising=False)
+    machine = tuned_file.machine_of(*H200_TABLE)
+    path = tuned_file.path_of(machine)
+    assert path is not None
+    tuned_file.save(Table(machine, (*map(row, pair()), row())), path)
+    return path
+
+
+def test_check_says_whether_a_table_of_tiles_is_in_force(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And how many entries it has; a file that cannot be used comes with a mend and fails nothing."""
+    found = selfcheck.decode_tiles("tiles", *H200_TABLE)
+    assert (found.state, found.found) == ("ok", f"2 of this machine's own, of 3 measured, from {table}")
+    other = selfcheck.decode_tiles("tiles", "NVIDIA L4", (8, 9))
+    assert (other.state, other.found, other.mend) == (
+        "note",
+        "built in",
+        "headfold tune measures this machine's own",
+    )
+    table.write_text("{")
+    broken = selfcheck.decode_tiles("tiles", *H200_TABLE)
+    assert (broken.state, broken.is_bad) == ("missing", False)
+    assert str(table) in broken.found
+    assert "headfold tune --again" in broken.mend
+    monkeypatch.setenv("HEADFOLD_TUNED", "0")
+    assert "HEADFOLD_TUNED=0" in selfcheck.decode_tiles("tiles", *H200_TABLE).found
+
+
+def test_plans_for_named_devices_know_no_table(table: Path) -> None:
+    shape = ("--heads", "32:8", "--batch", "16", "--keys", "8192", "--device", "h200")
+    text = call("plan", *shape)
+    assert "own table" not in text
+    assert json.loads(call("plan", *shape, "--json"))["device"]["tiles"] == []
+    table.unlink()
+    assert call("plan", *shape) == text
+
+
+def test_plan_for_the_gpu_at_hand_says_that_its_tile_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = tuple(r.entry for r in map(row, pair()) if r.entry is not None)
+    monkeypatch.setattr(shapes, "device_from", lambda name: replace(DEVICES["h200"], tiles=tiles))
+    text = call("plan", "--heads", "32:8", "--batch", "16", "--keys", "8192", "--page-size", "16")
+    assert "the tile comes from this machine's own table" in text
+    assert "block of 32 keys, 2 warps, 6 stages" in text
+
+
+def test_tune_without_a_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for args in ((), ("--again",), ("--show",), ("--only", "wave")):
+        assert "tune needs an NVIDIA GPU, and PyTorch sees none" in refusal("tune", *args)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--only", "prefill"], "--only is 'prefill'; it must be one of wave, waves, few, stream, pages"),
+        (["--show", "--output", "/no/such.json"], "--output is '/no/such.json'"),
+        (["--show", "--output", str(H200)], "h200.json: arch is missing"),
+    ],
+)
+def test_tune_refuses_in_one_line(args: list[str], message: str) -> None:
+    assert message in refusal("tune", *args)
+
+
+def test_tune_shows_a_table_and_measures_nothing(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = table.read_bytes()
+    text = call("tune", "--show", "--output", str(table))
+    assert "2 of 3 tiles are not the built-in ones" in text
+    assert [line.split()[0] for line in text.splitlines() if "0.900" in line] == ["stream", "pages", "wave"]
+    assert "built in" in text
+    assert table.read_bytes() == before
+    monkeypatch.setattr(tune, "table_to_show", lambda output: None)
+    assert "no table is in force" in call("tune", "--show")
+
+
+class FakeGpu:
+    """What `headfold tune` finds to do on a GPU that is not there, and which goals it then measured."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.asked: list[tuple[Any, ...]] = []
+        self.measured: list[str] = []
+        self.problem: Exception | None = None
+
+    def work_here(self, only: tuple[str, ...], again: bool, output: Path | None) -> tune.Work:
+        """The goals of `only`, into a file of this fake."""
+        self.asked.append((only, again, output))
+        machine = tuned_file.machine_of(*H200_TABLE)
+        path = output or self.path
+        found = goals(DEVICES["h200"], only)
+        table = tune.begin(path, machine, found, again)
+        left = tuple(g for g in found if not table.has(g.keys))
+        return tune.Work(DEVICES["h200"], torch.device("cpu"), left, table, path)
+
+    def tune(self, tuner: Any, goal: Any) -> list[Row]:
+        """Rows without a measurement; the goal named "few" has none where there is a problem."""
+        tuner.say("timing 3 tiles in turn")
+        if self.problem is not None and goal.forms == ("few",):
+            raise self.problem
+        self.measured.append(goal.name)
+        return [Row(*key, None, 100.0, 100.0, 3, 1) for key in goal.keys]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
+    """A fake GPU that `headfold tune` runs on."""
+    fake = FakeGpu(tmp_path / "t.json")
+    monkeypatch.setattr(tune, "work_here", fake.work_here)
+    monkeypatch.setattr(tune.Tuner, "tune", lambda self, goal: fake.tune(self, goal))
+    return fake
+
+
+def test_tune_measures_shows_and_goes_on(gpu: FakeGpu) -> None:
+    text = call("tune", "--only", "few", "--only", "pages")
+    assert gpu.asked == [(("few", "pages"), False, None)]
+    assert len(gpu.measured) == 8  # few at three head dimensions, rows and pages at three and two
+    assert "[1/8] few, 16 rows, d64" in text
+    assert f"table: {gpu.path}" in text
+    found = tuned_file.read(gpu.path)
+    assert found is not None
+    assert len(found.rows) == 13
+    call("tune", "--only", "few")
+    assert len(gpu.measured) == 8
+    call("tune", "--only", "few", "--again")
+    assert len(gpu.measured) == 11
+    call("tune", "--output", str(gpu.path.with_name("other.json")))
+    assert len(gpu.measured) == 11 + len(goals(DEVICES["h200"]))
+
+
+def test_tune_fails_where_something_could_not_be_measured(gpu: FakeGpu) -> None:
+    """In words, with exit code 1; the rest is measured."""
+    gpu.problem = tune.NotMeasured("it needs 9.0 GB, 1.0 GB are free")
+    text = call("tune", "--only", "few", "--only", "waves", code=1)
+    assert "not measured: few, 16 rows, d64: it needs 9.0 GB" in text
+    assert len(gpu.measured) == 3
+
+
+def test_tune_ends_in_one_line_when_the_gpu_is_lost_or_the_disk_full(gpu: FakeGpu) -> None:
+    for problem, words in (
+        (DeviceLost("few: an illegal memory access"), "the GPU was lost in few: an illegal memory access"),
+        (OSError(28, "No space left on device", "t.json"), "t.json: No space left on device"),
+    ):
+        gpu.problem = problem
+        text = call("tune", "--only", "few", code=2)
+        assert f"headfold: {words}" in text.splitlines()[-1]
+
+
+def test_tune_does_not_write_over_a_file_that_is_no_table(gpu: FakeGpu) -> None:
+    gpu.path.write_text("my notes")
+    assert "--again starts over" in refusal("tune", "--only", "few")
+    assert gpu.path.read_text() == "my notes"
 
 
 def test_usage_errors_of_the_parser_are_one_line(

@@ -69,6 +69,8 @@ def with_features(x: Inputs) -> Inputs:
         tree_mask=torch.ones(x.batch, 8, 8, dtype=torch.bool).tril(),
         cache_batch_idx=None if ragged else lengths(1, 0),
         cache_leftpad=None if ragged else lengths(1, 2),
+        early_lengths=None if x.seqused_k is None else x.seqused_k - 1,
+        early_new=0 if x.seqused_k is None else 1,
         rotary_cos=odd_strides(torch.rand(20, 3, generator=g)),
         rotary_sin=odd_strides(torch.rand(20, 3, generator=g)),
         rotary_positions=lengths(4, 9),

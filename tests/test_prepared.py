@@ -13,8 +13,9 @@ import headfold
 from headfold import backends, ops, prepared
 from headfold.append import AppendInputs
 from headfold.append import facts_of as append_facts_of
-from headfold.planner import DEVICES
+from headfold.planner import DEVICES, Plan, device
 from headfold.problem import Inputs
+from tests.planner.tables import pair
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +165,35 @@ def test_a_forced_device_is_a_fact(checks: list[Inputs]) -> None:
     with backends.force(DEVICES["h200"]):
         run(x)
     assert len(checks) == 2
+
+
+def test_own_tiles_of_a_device_are_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call runs in the tile of the device in force, whatever was kept before of a call that looks the same."""
+    ran: list[tuple[int, bool]] = []
+
+    def prepare(plan: Plan, *args: Any) -> Callable[..., None]:
+        return lambda *args: ran.append((plan.block_n, plan.own_tile))
+
+    monkeypatch.setattr("headfold.backends.triton.prepare", prepare)
+    x = call(**{name: getattr(call(), name).half() for name in ("q", "k", "v")})
+    built_in = DEVICES["h200"]
+    small, large = (replace(built_in, tiles=pair(16, 32, keys=n)) for n in (32, 128))
+    for on in (built_in, small, large, small, built_in):
+        with backends.force(on):
+            run(x)
+    assert ran == [(256, False), (32, True), (128, True), (32, True), (256, False)]
+
+
+def test_a_kept_call_does_not_look_for_its_devices_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the driver nor a table's file: the file is read once a process, and not even asked for by a call."""
+    x = call()
+    run(x)
+    asked: list[torch.device] = []
+    monkeypatch.setattr(backends, "running_device", lambda where: asked.append(where) or device.cpu_device())
+    run(x)
+    assert asked == []
+    run(replace(x, softcap=2.0))
+    assert asked == [x.q.device]
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,11 @@ def featured() -> Inputs:
     )
 
 
+def grown() -> Inputs:
+    """The dense call behind an append of two keys a sequence."""
+    return dataclasses.replace(dense(), seqused_k=ints(5, 2), early_lengths=ints(4, 0), early_new=2)
+
+
 def repeated(name: str) -> Change:
     """The tensor with every other element of its last dimension."""
     return lambda x: {name: getattr(x, name).repeat_interleave(2, -1)[..., ::2]}
@@ -613,6 +618,24 @@ ERRORS: dict[str, list[tuple[Callable[[], Inputs], Change, type[Exception], str]
             "cache_leftpad is given with cu_seqlens_k; it belongs to a dense or paged cache",
         ),
     ],
+    "early_lengths": [
+        (
+            grown,
+            value(early_lengths=ints(1, 1, 1)),
+            ValueError,
+            "early_lengths has shape (3,); it must be (2,)",
+        ),
+        (
+            grown,
+            value(seqused_k=None),
+            ValueError,
+            "early_lengths is given without seqused_k; it tells what that will hold",
+        ),
+    ],
+    "early_new": [
+        (grown, value(early_new=-1), ValueError, f"early_new is -1; it must be 0 to {MAX_SEQLEN}"),
+        (grown, value(early_lengths=None), ValueError, "early_new is 2; it is added to early_lengths"),
+    ],
     "rotary_cos": [],
     "rotary_sin": [
         (
@@ -690,6 +713,22 @@ for _name in ("cache_batch_idx", "cache_leftpad", "rotary_positions"):
     ERRORS[_name].append(
         (featured, cast(_name, torch.int64), ValueError, f"{_name} has dtype torch.int64; it must be int32")
     )
+ERRORS["early_lengths"] += [
+    (grown, value(early_lengths=7), TypeError, "early_lengths is a int; it must be a torch.Tensor"),
+    (
+        grown,
+        moved("early_lengths"),
+        ValueError,
+        "early_lengths is on meta; it must be on the queries' device cpu",
+    ),
+    (grown, repeated("early_lengths"), ValueError, f"early_lengths has last stride 2; {NO_LAST_STRIDE}"),
+    (
+        grown,
+        cast("early_lengths", torch.int64),
+        ValueError,
+        "early_lengths has dtype torch.int64; it must be int32",
+    ),
+]
 for _name in ("sink", "alibi_slopes", "mask", "rotary_cos", "rotary_sin"):
     ERRORS[_name].append(
         (
@@ -1095,6 +1134,11 @@ BAD_VALUES += [
         dense,
         value(seqused_k=ints(4, 2), cache_leftpad=ints(4, 3)),
         "cache_leftpad [1] is 3; that sequence has room for 0 to 2",
+    ),
+    (
+        grown,
+        value(early_lengths=ints(3, 1)),
+        "early_lengths [1] is 1; with early_new it must be what seqused_k holds, 2",
     ),
     (paged, value(cache_leftpad=ints(-1, 0)), "cache_leftpad [0] is -1; that sequence has room for 0 to 5"),
     (

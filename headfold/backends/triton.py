@@ -19,7 +19,7 @@ from headfold.kernels.prefill import prefill_kernel
 from headfold.planner.device import interpreter_requested
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import next_power_of_two
-from headfold.problem import MAX_SPLITS, Inputs, has_features, q_capacity, wide_mask
+from headfold.problem import MAX_SPLITS, Inputs, has_features, k_capacity, q_capacity, wide_mask
 
 # An open window side, and no chunk: above any position, and a sum with a position still fits 32 bits.
 OPEN_SIDE = 2**30
@@ -177,8 +177,10 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     if plan.workspace:
         width, rows = -(-x.v.shape[-1] // 8) * 8, min(plan.block_m, _rows(x) * plan.fold)
         count = plan.workspace // (4 * (width + 1))
+    bounds = _bounds(plan, x)
+    growth = (x.early_new, k_capacity(x)) if x.early_lengths is not None else (0, OPEN_SIDE)
     schedule = (
-        *_bounds(plan, x),
+        *bounds[2:],
         *(plan.head_units, *division(plan.head_units)),
         *(lanes, *division(lanes)),
         plan.num_splits,
@@ -189,7 +191,8 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     results = (*_out_strides(x, out), *_lse_strides(x, lse))
     band = _band(x)
     chunk = x.attention_chunk or OPEN_SIDE
-    before = (*schedule, *division(plan.num_splits), *cuts, _ahead(x), *extents)
+    order = (*schedule, *division(plan.num_splits), *cuts, _ahead(x), *extents)
+    before = (*bounds[:2], *growth, int(_reads_late(x)), *order)
     after = (
         *fold,
         *division(x.q.shape[-2] // x.k.shape[-2]),
@@ -209,18 +212,19 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     if not plan.workspace:
 
         def run_whole(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
-            launch((*_tensors(x, out, lse), *before, 0, 0, *after, *feature_arguments(x)))
+            launch((*_tensors(x, out, lse, x.early_lengths), *before, 0, 0, *after, *feature_arguments(x)))
 
         return run_whole
 
     merge = _merge(plan, x, variant, items * lanes, rows)
-    merge_before, merge_after = (*schedule, *cuts, *extents), (*fold, *results, *band, chunk)
+    merge_before = (*bounds[:2], *growth, *schedule, *cuts, *extents)
+    merge_after = (*fold, *results, *band, chunk)
 
     def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
         workspace = x.q.new_empty(count * (width + 1), dtype=torch.float32)
         states = workspace.data_ptr()
         state_lses = states + 4 * count * width
-        tensors = _tensors(x, out, lse)
+        tensors = _tensors(x, out, lse, x.early_lengths)
         launch((*tensors, *before, states, state_lses, *after, *feature_arguments(x)))
         leftpad = address(x.cache_leftpad)
         merge((*tensors[3:9], leftpad, *merge_before, states, state_lses, *merge_after))
@@ -228,18 +232,15 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     return run
 
 
+def _reads_late(x: Inputs) -> bool:
+    """True where what a decode reads to know its share may come from the kernel just before it."""
+    lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_q, x.seqused_k, x.cache_leftpad)
+    return x.early_lengths is None and any(t is not None for t in lengths)
+
+
 def _ahead(x: Inputs) -> int:
-    """Blocks that a decode asks for ahead: none where an index on the device says which rows they are."""
-    indices = (
-        x.cu_seqlens_q,
-        x.cu_seqlens_k,
-        x.seqused_q,
-        x.seqused_k,
-        x.page_table,
-        x.cache_batch_idx,
-        x.cache_leftpad,
-    )
-    return AHEAD if all(t is None for t in indices) else 0
+    """Blocks that a decode asks for ahead: none where their rows are known too late, or by pages or picked rows."""
+    return 0 if _reads_late(x) or x.page_table is not None or x.cache_batch_idx is not None else AHEAD
 
 
 def _merge(plan: Plan, x: Inputs, variant: dict[str, Any], tiles: int, rows: int) -> Launcher:
@@ -265,8 +266,10 @@ def _rows(x: Inputs) -> int:
     return capacity if x.max_seqlen_q is None else min(x.max_seqlen_q, capacity)
 
 
-def _tensors(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> tuple[int, ...]:
-    """`Q` to `page_table` of the kernels."""
+def _tensors(
+    x: Inputs, out: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor | None = None
+) -> tuple[int, ...]:
+    """`Q` to `page_table` of the kernels, with `lengths` in the place of seqused_k."""
     return (
         x.q.data_ptr(),
         x.k.data_ptr(),
@@ -276,7 +279,7 @@ def _tensors(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> tuple[int, ...]
         address(x.cu_seqlens_q),
         address(x.cu_seqlens_k),
         address(x.seqused_q),
-        address(x.seqused_k),
+        address(x.seqused_k if lengths is None else lengths),
         address(x.page_table),
     )
 

@@ -1,4 +1,4 @@
-"""The commands of `headfold`: bench, plan and check. They import torch inside, so that --help is quick."""
+"""The commands of `headfold`: bench, plan, check, tune and compile. They import torch inside, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -295,6 +295,50 @@ def check() -> None:
         out.print(f"[bold red]{len(bad)} problem{'s' if len(bad) > 1 else ''}:[/] {escape(', '.join(bad))}")
         raise typer.Exit(EXIT_FAILED)
     out.print("[bold green]Everything that is needed here works.[/]")
+
+
+@app.command()
+def tune(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only tiles of this form: wave, waves, few, stream or pages; may be repeated."),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what is measured already.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Show the table; measure nothing.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The table's file, instead of the one in the cache directory that headfold reads."),
+    ] = None,
+) -> None:
+    """Measure this machine's own decode tiles, beside the built-in ones.
+
+    Nothing needs it: the built-in tiles are right everywhere. The table is written to $HEADFOLD_CACHE_DIR, else to the
+    user's cache directory, after each tile: an interrupted run goes on where it stopped. Processes that start later
+    use it; with HEADFOLD_TUNED=0 they do not.
+    """
+    from headfold.bench import report
+    from headfold.bench import tune as tuning
+    from headfold.bench.runner import DeviceLost
+
+    out = console()
+    if show:
+        in_force = _usage(lambda: tuning.table_to_show(output))
+        if in_force is None:
+            out.print("no table is in force: decode runs in the built-in tiles")
+        else:
+            report.show_tiles(in_force, out)
+        return
+    work = _usage(lambda: tuning.work_here(tuple(only or ()), again, output))
+    with report.Progress(len(work.goals)) as progress:
+        try:
+            table, problems = _usage(lambda: tuning.run(work, progress.say, progress.advance))
+        except DeviceLost as e:
+            stop(f"the GPU was lost in {e}; what was measured before is kept")
+    report.show_tiles(table, out)
+    out.print(f"table: {escape(str(work.path))}", soft_wrap=True)
+    if problems:
+        out.print("[bold red]not measured:[/] " + escape("; ".join(problems)), soft_wrap=True)
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command(name="compile")

@@ -9,6 +9,7 @@ import torch
 from headfold import reference
 from headfold.bench.cases import Case
 from headfold.bench.inputs import CaseInputs
+from headfold.bench.measure import Call
 from headfold.problem import Inputs
 
 ROWS = 64  # queries compared at each of three places
@@ -24,6 +25,21 @@ class WrongOutput(Exception):
     def __init__(self, message: str, error: float | None = None) -> None:
         super().__init__(message)
         self.error = error
+
+
+def error_of(call: Call, inputs: CaseInputs) -> float:
+    """Run a call on the first copy, and return its `max_error`.
+
+    Raises:
+        WrongOutput: as `max_error` does; what the call leaves unwritten is NaN.
+    """
+    # The allocator hands this memory to the output next.
+    case = inputs.case
+    shape = (case.batch, case.sq, case.heads, case.dv)
+    poison = torch.full(shape, float("nan"), dtype=case.torch_dtype, device=inputs.device)
+    del poison
+    inputs.forget_new_tokens()
+    return max_error(inputs, call(0))
 
 
 def max_error(inputs: CaseInputs, out: torch.Tensor) -> float:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from headfold.planner import running_device
+
 _CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1024, "M": 1024**2, "G": 1024**3}
 
@@ -55,6 +57,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
             "multiprocessors": p.multi_processor_count,
             "memory_bytes": p.total_memory,
             "cache_bytes": last_level_cache(device),
+            "own_tiles": len(running_device(device).tiles),
             **_driver_facts(str(p.uuid)),
         }
     names = [

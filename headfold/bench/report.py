@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from headfold.bench.cases import Case
     from headfold.bench.peers import Implementation
     from headfold.bench.predict import Prediction
+    from headfold.planner.tuned import Table as TileTable
 
 WIDE = 190  # columns where no terminal says how many there are, so that a log stays in one line a row
 
@@ -171,6 +172,29 @@ def show_predictions(found: Sequence[Prediction], out: Console) -> None:
     )
 
 
+def show_tiles(table: TileTable, out: Console) -> None:
+    """Print a machine's own decode tiles, a line for each tile that was measured."""
+    m = table.machine
+    out.print(
+        Text(
+            f"{m.device}, sm_{m.arch[0]}{m.arch[1]}, headfold {m.headfold}, torch {m.torch}, Triton {m.triton}: "
+            f"{len(table.entries)} of {len(table.rows)} tiles are not the built-in ones"
+        )
+    )
+    t = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    t.add_column("Form", no_wrap=True)
+    for name in ("Rows", "Width", "Keys", "Warps", "Stages", "On a multiprocessor"):
+        t.add_column(name, justify="right", no_wrap=True)
+    for name in ("Time", "Built-in tile's", "Ratio", "Tried", "Left out"):
+        t.add_column(name, justify="right", no_wrap=True)
+    for r in table.rows:
+        e = r.entry
+        tile = ("built in", "", "", "") if e is None else map(str, (e.keys, e.warps, e.stages, e.resident))
+        times = (_time(r.us), _time(r.builtin_us), f"{r.us / r.builtin_us:.3f}")
+        t.add_row(r.form, str(r.rows), str(r.width), *tile, *times, str(r.candidates), str(r.left_out))
+    out.print(t)
+
+
 def _show_lead(result: Result, out: Console) -> None:
     for name, kind in (("Decode", None), ("Prefill", "prefill")):
         lead = result.lead(kind)
@@ -252,7 +276,9 @@ def _note_style(row: Row) -> str:
 
 def _machine_line(result: Result) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items() if version)
-    return f"{result.device}; {versions}; commit {result.commit or 'unknown'}"
+    own = result.device_facts.get("own_tiles")
+    tiles = f"; {own} decode tiles of the machine's own table" if own else ""
+    return f"{result.device}; {versions}; commit {result.commit or 'unknown'}{tiles}"
 
 
 def _ceiling_line(result: Result) -> str:

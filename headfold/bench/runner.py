@@ -11,7 +11,7 @@ import torch
 
 from headfold.bench.cases import Case
 from headfold.bench.ceilings import Ceilings
-from headfold.bench.errors import WrongOutput, max_error
+from headfold.bench.errors import WrongOutput, error_of
 from headfold.bench.inputs import CaseInputs, make_inputs, memory_shortage
 from headfold.bench.machine import OtherWork
 from headfold.bench.measure import Call, Timing, first_line, measure
@@ -75,7 +75,7 @@ class Runner:
             self.progress(f"checking {name}")
             try:
                 call = self._prepared(implementation, case, inputs)
-                errors[name] = self._check(call, inputs)
+                errors[name] = error_of(call, inputs)
                 calls[name] = call
             except WrongOutput as e:
                 failures[name] = _failed(case, name, str(e), e.error)
@@ -85,7 +85,7 @@ class Runner:
                 raise
             except Exception as e:
                 failures[name] = _failed(case, name, first_line(e))
-                self._check_device(name)
+                require_device(self.device, name)
         self.progress(f"timing {len(calls)} implementations in turn")
         others = OtherWork()
         timings = measure(calls, self.device, inputs.copies, self.rounds)
@@ -102,7 +102,7 @@ class Runner:
                 return self.ceilings.read_us(case.kv_bytes)
             return case.flops / self.ceilings.matmul_tflops(case.torch_dtype) / 1e6
         except Exception:
-            self._check_device("the ceiling")
+            require_device(self.device, "the ceiling")
             return None
 
     def _prepared(self, implementation: Implementation, case: Case, inputs: CaseInputs) -> Call:
@@ -114,35 +114,27 @@ class Runner:
             raise NotRun(call.reason)
         return call
 
-    def _check(self, call: Call, inputs: CaseInputs) -> float:
-        # The allocator hands this memory to the output next: what a kernel leaves unwritten is then NaN.
-        case = inputs.case
-        shape = (case.batch, case.sq, case.heads, case.dv)
-        poison = torch.full(shape, float("nan"), dtype=case.torch_dtype, device=self.device)
-        del poison
-        inputs.forget_new_tokens()
-        return max_error(inputs, call(0))
-
     def _tidy(self, case: Case) -> None:
         gc.collect()
         if self._lost is not None:
             return
         try:
-            self._check_device(case.name)
+            require_device(self.device, case.name)
         except DeviceLost as e:
             self._lost = _lost_in(case, e)
             return
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _check_device(self, name: str) -> None:
-        """Raise DeviceLost if an error has left the GPU unusable for this process."""
-        if self.device.type != "cuda":
-            return
-        try:
-            torch.cuda.synchronize()
-        except Exception as e:
-            raise DeviceLost(f"{name}: {first_line(e)}") from e
+
+def require_device(device: torch.device, name: str) -> None:
+    """Raise DeviceLost if an error in `name` has left the GPU unusable for this process."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception as e:
+        raise DeviceLost(f"{name}: {first_line(e)}") from e
 
 
 class NotRun(Exception):

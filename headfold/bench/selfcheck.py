@@ -18,6 +18,7 @@ from headfold.bench.errors import max_error
 from headfold.bench.inputs import make_inputs
 from headfold.bench.measure import first_line
 from headfold.bench.peers import Unsupported
+from headfold.planner import tuned_file
 
 State = Literal["ok", "missing", "failed", "note"]
 TRITON_RANGE = ((3, 6), (3, 9))
@@ -100,6 +101,23 @@ def _gpu() -> Iterator[Finding]:
         yield Finding(
             f"GPU {i}", "ok" if ok else "failed", found, "" if ok else "the kernels need sm_80 or newer"
         )
+        yield decode_tiles(f"GPU {i} decode tiles", facts["name"], arch)
+
+
+def decode_tiles(what: str, device: str, arch: tuple[int, int]) -> Finding:
+    """Whether a table of a GPU's own tiles is in force, and how many entries it has."""
+    if tuned_file.tables_are_off():
+        return Finding(what, "note", "built in, as HEADFOLD_TUNED=0 asks")
+    machine = tuned_file.machine_of(device, arch)
+    try:
+        table = tuned_file.table_in_force(machine)
+    except (OSError, ValueError) as e:
+        return Finding(what, "missing", f"built in: {e}", "measure them anew: headfold tune --again")
+    if table is None:
+        return Finding(what, "note", "built in", "headfold tune measures this machine's own")
+    n = len(table.entries)
+    found = f"{n} of this machine's own, of {len(table.rows)} measured, from {tuned_file.path_of(machine)}"
+    return Finding(what, "ok", found)
 
 
 def _triton(needed: bool) -> Finding:

@@ -108,8 +108,9 @@ def append_kernel(
     EARLY: launched while the kernel before this one ends, and waits for it here; the attention that follows starts early.
     """
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+        # In this order: the attention reads the lengths of before the append as soon as it starts.
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     number = tl.program_id(0)
     turns_q = number >= key_tiles
     if turns_q:

@@ -40,6 +40,9 @@ def decode_kernel(
     page_table: tl.int64,
     sq_capacity: tl.int32,
     sk_capacity: tl.int32,
+    grown: tl.int32,
+    room: tl.int32,
+    late: tl.int32,
     batch: tl.int32,
     tiles_per_sequence: tl.int32,
     units: tl.int32,
@@ -150,22 +153,32 @@ def decode_kernel(
     them in the order of their keys.
 
     EARLY: launched while the kernel before this one ends, and waits for that end before it reads what may come from
-    it, which is all but the arguments; the next kernel may be launched while this one runs. Rows that the arguments
-    alone name are asked for before the wait, `ahead` blocks of them.
+    it: all but the arguments, or with `late` 0 all but the arguments, lengths and offsets. The next kernel may be
+    launched while this one runs. Where it is known before the wait, `ahead` blocks of keys and values are asked for.
 
     FEATURED knows softcap, sinks, chunks, ALiBi and cache rows, TENSORS masks and trees too, ROTARY turns q: all by
     arguments, each at the price of a branch. WIDE is the element size of a mask that is known to allow wide loads, or 0.
     """
     if EARLY:
-        # Before the next kernel is let in: merge_kernel reads lengths before it waits, and an append may write them now.
-        if (cu_seqlens_q | cu_seqlens_k | seqused_q | seqused_k | cache_leftpad) != 0:
+        # Before the next kernel is let in: merge_kernel reads lengths before it waits.
+        if late != 0:
             tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     r = divide(tl.program_id(0), (lanes_magic, lanes_shift))
     lane = tl.program_id(0) - r * lanes
     lane_tile = divide(lane, (units_magic, units_shift))
     unit = lane - lane_tile * units
-    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad, sq_capacity, sk_capacity)
+    lengths = (
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        cache_leftpad,
+        sq_capacity,
+        sk_capacity,
+        grown,
+        room,
+    )
     band = (bottom_right, window_left, window_right, chunk)
     extents = (extent, extent_blocks)
     by_fold = (fold_magic, fold_shift)

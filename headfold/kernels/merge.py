@@ -25,6 +25,8 @@ def merge_kernel(
     cache_leftpad: tl.int64,
     sq_capacity: tl.int32,
     sk_capacity: tl.int32,
+    grown: tl.int32,
+    room: tl.int32,
     batch: tl.int32,
     tiles_per_sequence: tl.int32,
     units: tl.int32,
@@ -78,7 +80,17 @@ def merge_kernel(
     lane = tl.program_id(0) - item * lanes
     tile = divide(lane, (units_magic, units_shift))
     unit = lane - tile * units
-    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad, sq_capacity, sk_capacity)
+    lengths = (
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        cache_leftpad,
+        sq_capacity,
+        sk_capacity,
+        grown,
+        room,
+    )
     band = (bottom_right, window_left, window_right, chunk)
     extents = (extent, extent_blocks)
     seq = item

@@ -13,13 +13,14 @@ ARGUMENTS = (
     "rotary_interleaved rotary_positions cos_stride sin_stride max_positions rotary_advances"
 ).split()
 _OWN = (
-    "units units_magic units_shift lanes lanes_magic lanes_shift splits splits_magic splits_shift ranges even_ranges gap "
-    "ahead extent extent_blocks states state_lses state_width state_rows fold_magic fold_shift group_magic group_shift"
+    "grown room late units units_magic units_shift lanes lanes_magic lanes_shift splits splits_magic splits_shift "
+    "ranges even_ranges gap ahead extent extent_blocks states state_lses state_width state_rows fold_magic fold_shift "
+    "group_magic group_shift"
 ).split()
 _NOT_OWN = {"group", "out_stride_split", "lse_stride_split", "tokens_per_split"}
 DECODE_ARGUMENTS = [name for name in ARGUMENTS if name not in _NOT_OWN] + _OWN
 MERGE_ARGUMENTS = (
-    "Out Lse cu_seqlens_q cu_seqlens_k seqused_q seqused_k cache_leftpad sq_capacity sk_capacity batch "
+    "Out Lse cu_seqlens_q cu_seqlens_k seqused_q seqused_k cache_leftpad sq_capacity sk_capacity grown room batch "
     "tiles_per_sequence units units_magic units_shift lanes lanes_magic lanes_shift splits ranges even_ranges gap extent "
     "extent_blocks states state_lses state_width state_rows fold fold_magic fold_shift out_stride_b out_stride_s out_stride_h "
     "lse_stride_b lse_stride_s lse_stride_h window_left window_right bottom_right chunk"

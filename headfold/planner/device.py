@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from headfold.planner.tuned import Entry, check_entries
+from headfold.planner.tuned_file import entries_in_force
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -14,7 +17,8 @@ class Device:
 
     `arch` is the CUDA compute capability, (0, 0) for a CPU. `sms` counts multiprocessors (CPU: cores);
     `smem` is the shared memory one program may use, in bytes; `l2` the last-level cache in bytes;
-    `bandwidth` the memory's peak in bytes/s; `matmul_flops` dense bf16 FLOP/s.
+    `bandwidth` the memory's peak in bytes/s; `matmul_flops` dense bf16 FLOP/s. `tiles` are the machine's own decode
+    tiles, where it has measured any.
     """
 
     name: str
@@ -24,6 +28,10 @@ class Device:
     l2: int
     bandwidth: float
     matmul_flops: float
+    tiles: tuple[Entry, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_entries(self.tiles)
 
     @property
     def is_cpu(self) -> bool:
@@ -79,7 +87,7 @@ _running: dict[int, Device] = {}
 
 
 def running_device(device: torch.device) -> Device:
-    """The device a tensor lives on, read from the driver once per process."""
+    """The device a tensor lives on, read from the driver once per process, and its own tiles from their file."""
     if device.type != "cuda":
         return cpu_device()
     index = device.index if device.index is not None else torch.cuda.current_device()
@@ -105,6 +113,7 @@ def _read_driver(index: int) -> Device:
         l2=p.L2_cache_size,
         bandwidth=bandwidth,
         matmul_flops=known.matmul_flops if known else per_clock * p.multi_processor_count * clock,
+        tiles=entries_in_force(p.name, arch),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from headfold.planner.device import Device
 from headfold.planner.hopper import plan_hopper
 from headfold.planner.plan import Plan
@@ -88,7 +90,7 @@ def prefill_plan(p: Problem, device: Device, fold: int, reasons: list[str]) -> P
         tensor_mask=p.tensor_mask or p.rotary,
     )
     whole, _, _ = count_tiles(p, fold, tile.rows)
-    decode = tile_of(p, device, "wave", rows)
+    decode = tile_of(p, replace(device, tiles=()), "wave", rows)
     tiles, _, _ = count_tiles(p, fold, decode.rows)
     idle = p.num_splits == 0 and whole * units < usable
     if idle and choose_splits(tiles * units, span_blocks(p, decode.keys), usable) > 1:
@@ -121,14 +123,17 @@ def tile_of(p: Problem, device: Device, form: Form, rows: int) -> Tile:
 
 
 def decode_form(p: Problem, device: Device, fold: int, rows: int) -> tuple[Form, str]:
-    """(form of the tile, why the sequences are not streamed, empty where they are)."""
+    """(form of the tile, why the sequences are not streamed, empty where they are).
+
+    Forms are told apart in blocks of the built-in tiles: a machine's own table says how each form runs, not which.
+    """
     why = not_streamed(p)
     if p.kv_layout == "paged":
         return "pages", why
     # Rows of a cache are computed as its pages are: the same bits.
     if p.lengths_on_device or not why or (p.tokens_per_split and not own_program(p)):
         return "stream", why
-    one = tile_of(p, device, "wave", rows)
+    one = tile_of(p, replace(device, tiles=()), "wave", rows)
     tiles = count_tiles(p, fold, one.rows)[0] * (p.num_heads // fold)
     usable = max(1, device.sms - p.sm_margin)
     if p.featured or own_program(p):
@@ -289,6 +294,8 @@ def _plan(
         reasons.append(
             f"head dimension {p.head_dim} runs as {' + '.join(str(n) for n in split_dim(p.head_dim) if n)}"
         )
+    if tile.own:
+        reasons.append("the tile comes from this machine's own table, which `headfold tune` measured")
     featured, tensor_mask, rotary = programs(p, kernel, tile)
     # A prefill's loop fetches such masks ahead; a decode, which waits for K and V, has no program to spare for it.
     wide_mask = p.wide_mask if kernel == "prefill" and p.wide_mask <= 2 and not rotary else 0
@@ -328,6 +335,7 @@ def _plan(
         mask_lists=lists,
         mask_list_blocks=list_blocks,
         workspace=states * state_rows * (row_width + 1) * 4,
-        shared_memory=shared_memory(tile, p.head_dim, p.head_dim_v, p.dtype),
+        own_tile=tile.own,
+        shared_memory=shared_memory(tile, p.head_dim, p.head_dim_v, p.dtype, paged=paged),
         reasons=tuple(reasons),
     )

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
 from headfold.planner.device import Device
+from headfold.planner.tuned import ALIKE, Form, entries_for
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
     """A launchable tile: `rows` folded rows, `keys` per block, warps, pipeline stages, TMA or pointer loads.
 
-    `resident` programs of it share a multiprocessor, or as many as its shared memory allows.
+    `resident` programs of it share a multiprocessor, or as many as its shared memory allows. `own` tiles come from the
+    machine's own table.
     """
 
     rows: int
@@ -23,6 +24,7 @@ class Tile:
     stages: int
     tma: bool = False
     resident: int = 1
+    own: bool = False
 
 
 def split_dim(d: int) -> tuple[int, int]:
@@ -50,23 +52,21 @@ def padded(d: int) -> int:
     return sum(split_dim(d))
 
 
-def shared_memory(tile: Tile, d: int, dv: int, dtype: torch.dtype) -> int:
+def shared_memory(tile: Tile, d: int, dv: int, dtype: torch.dtype, *, paged: bool = False) -> int:
     """Bytes of shared memory a tile needs: the queries, K and V in every buffer of the pipeline, and scratch.
 
     An upper bound of what Triton 3.6 to 3.9 allocates; tests compare it with what the compiler reports.
     """
     block = tile.keys * (padded(d) + padded(dv)) * dtype.itemsize
     queries = tile.rows * padded(d) * dtype.itemsize
-    stages = min(tile.stages, 3)  # a page look-up takes two further stages, which hold indices only
+    stages = tile.stages
+    if paged:  # a page look-up takes two of more than three stages, which hold indices only
+        stages = min(stages, max(3, stages - 2))
     # Asynchronous products of 64 rows and more (wgmma) hold a buffer until they are waited for.
     buffers = stages if tile.rows >= 64 else max(1, stages - 1)
     indices = tile.stages * tile.keys * 8
     return queries + buffers * block + indices + 8192
 
-
-# How a decode shares its keys out, as far as the tile depends on it: equal shares of contiguous keys in one wave of
-# programs, in many, or of few blocks; the stream of contiguous keys; pages.
-Form = Literal["wave", "waves", "few", "stream", "pages"]
 
 # (form, rows) -> (keys x head dimension of a block, warps, stages, programs a multiprocessor). On one H200, bf16, by
 # CUDA graphs; "x read" is the time of a pure read of the same bytes.
@@ -110,20 +110,28 @@ def decode_tile(
     Rows that are not 16-byte aligned are loaded element by element through registers: larger blocks would spill. Rows
     that are to be rotated run 16 at a time (at 64 they spill 1,400 bytes). Compiled programs are a budget: features,
     unaligned rows, streams and pages know no tile of 32 rows.
+
+    The machine's own table (`device.tiles`) comes before MEASURED, for whole heads and for programs of the kind that
+    it was measured with: masks and rotation take registers that those do not.
     """
     wide = max(padded(d), padded(dv))
-    stages = 5 if form == "pages" else 3
     block_m = 16 if rotary else min(max(16, next_power_of_two(rows)), 64)
-    if block_m == 32 and (featured or tensor_mask or not aligned or form in ("stream", "pages")):
+    if block_m == 32 and (featured or tensor_mask or not aligned or form in ALIKE):
         block_m = 64
     if form in ("waves", "few") and block_m > 16:
         form = "wave"
+    alike: tuple[Form, ...] = ALIKE if form in ALIKE else (form,)
+    stages_of: dict[Form, int] = {f: 5 if f == "pages" else 3 for f in alike}
+    stages = stages_of[form]
+    parts = split_dim(d)[1] or split_dim(dv)[1]
+    own = {}
+    if not (parts or tensor_mask or rotary):
+        own = entries_for(device.tiles, alike, block_m, padded(d) + padded(dv))
     if dtype == torch.float32:
         # Full float32 products run on the FMA units with their operands in registers: larger tiles spill.
-        parts = split_dim(d)[1] or split_dim(dv)[1]
         if wide > 64 and aligned:
             # Heads in two parts in pages: with 32 keys two registers spill (d96). Rows of a cache are computed alike.
-            small = Tile(16, 16 if form in ("stream", "pages") and parts else 32, 8, stages)
+            small = Tile(16, 16 if form in ALIKE and parts else 32, 8, stages)
         else:
             small = Tile(16, 16, 8 if wide > 64 else 4, stages)
         tile = small if rows <= 16 or rotary else Tile(32, 16, 16, stages)
@@ -131,21 +139,33 @@ def decode_tile(
         tile = Tile(block_m, 32, 8, stages)
     elif block_m >= 32 and wide > 128:
         tile = Tile(64, 64, 8, stages) if block_m == 64 else Tile(32, 32, 4, stages)
+    elif own:
+        entry, stages_of = own[form], {f: e.stages for f, e in own.items()}
+        tile = Tile(block_m, entry.keys, entry.warps, entry.stages, resident=entry.resident, own=True)
     else:
         size, warps, stages, resident = MEASURED[form, block_m]
-        if form == "waves" and (split_dim(d)[1] or split_dim(dv)[1]) and wide > 128:
+        if form == "waves" and parts and wide > 128:
             warps = 4  # a head in two parts spills in the loop with 8 (d192)
         # The largest power of two of keys that is not above the measured size of a block.
         keys = min(256, next_power_of_two(2 * size // (padded(d) + padded(dv)) + 1) // 2)
         keys = min(keys, 64) if block_m == 64 else keys
         tile = Tile(block_m, keys, warps, stages, resident=resident)
-    while shared_memory(tile, d, dv, dtype) > device.smem and tile.keys > 16:
+
+    def needed(tile: Tile) -> int:
+        """Rows of a cache give way where its pages do, which hold more: the same keys and the same cuts."""
+        return max(
+            shared_memory(replace(tile, stages=n), d, dv, dtype, paged=f == "pages")
+            for f, n in stages_of.items()
+        )
+
+    if tile.own and needed(tile) > device.smem:
+        # It runs as it was measured or not at all; rows and pages alike.
+        return decode_tile(rows, d, dv, dtype, form, replace(device, tiles=()), aligned, featured=featured)
+    while needed(tile) > device.smem and tile.keys > 16:
         tile = replace(tile, keys=tile.keys // 2)
-    while shared_memory(tile, d, dv, dtype) > device.smem and tile.rows > 16:
+    while needed(tile) > device.smem and tile.rows > 16:
         tile = replace(tile, rows=tile.rows // 2, warps=max(4, tile.warps // 2))
-    return replace(
-        tile, resident=max(1, min(tile.resident, device.smem // shared_memory(tile, d, dv, dtype)))
-    )
+    return replace(tile, resident=max(1, min(tile.resident, device.smem // needed(tile))))
 
 
 def prefill_tile(
@@ -187,4 +207,5 @@ def prefill_tile(
     else:
         candidates = [Tile(128, 32, 8, 3, True)] if tma else []
         candidates += [Tile(64, keys, 8, 2 + extra) for keys in (64, 32, 16)]
-    return next((t for t in candidates if shared_memory(t, d, dv, dtype) <= device.smem), candidates[-1])
+    fitting = (t for t in candidates if shared_memory(t, d, dv, dtype, paged=paged) <= device.smem)
+    return next(fitting, candidates[-1])

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,7 +35,8 @@ from headfold.kernels.specialize import (
     MERGE_ARGUMENTS,
     PREFILL_ARGUMENTS,
 )
-from headfold.planner import DEVICES, Plan, make_plan
+from headfold.planner import DEVICES, Device, Plan, make_plan
+from headfold.planner.tuned import ROWS, Entry
 from headfold.problem import Inputs
 from tests.aot.variants import ALL_DIMS
 from tests.planner.problems import DTYPES, RATIOS, problem
@@ -105,7 +107,7 @@ def key_of(plan: Plan, d: int, dv: int, dtype: torch.dtype) -> tuple[Any, ...]:
     return (*sorted((name, str(value)) for name, value in values.items()), plan.num_warps, plan.num_stages)
 
 
-def variants_of(d: int, dv: int, dtype: Any, device: str) -> dict[str, set[Any]]:
+def variants_of(d: int, dv: int, dtype: Any, device: Device) -> dict[str, set[Any]]:
     """kernel -> the distinct programs that every problem of the sweep, under all features, is run with."""
     met: dict[str, set[Any]] = defaultdict(set)
     for p in sweep():
@@ -114,7 +116,7 @@ def variants_of(d: int, dv: int, dtype: Any, device: str) -> dict[str, set[Any]]
         for change in FEATURES if few else FEATURES[:1]:
             # What the Gluon kernel of a GPU takes, the Triton kernel runs elsewhere, and for calls with an extra.
             x = problem(d=d, head_dim_v=dv, dtype=dtype, extras=("an extra",), **{**p, **change})
-            plan = make_plan(x, DEVICES[device])
+            plan = make_plan(x, device)
             met[plan.kernel].add(key_of(plan, d, dv, dtype))
     return met
 
@@ -124,10 +126,24 @@ def variants_of(d: int, dv: int, dtype: Any, device: str) -> dict[str, set[Any]]
 def test_variants_of_a_dtype_and_head_dimension_are_few(device: str, dtype: Any) -> None:
     """Over layouts, ratios, lengths, alignments and every combination of features."""
     for d, dv in ALL_DIMS:
-        met = variants_of(d, dv, dtype, device)
+        met = variants_of(d, dv, dtype, DEVICES[device])
         assert set(met) == {"decode", "prefill"}
         counts = {kernel: len(programs) for kernel, programs in met.items()}
         assert {k: n for k, n in counts.items() if n >= LIMIT} == {}, (d, dv)
+
+
+@pytest.mark.parametrize("device", ["h200", "a100"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_variants_are_few_in_a_machines_own_tiles_too(device: str, d: int) -> None:
+    """Where no two of its tiles have the same keys, warps and stages: still one for each form and rows."""
+    shapes = itertools.product((16, 32), (1, 2, 4, 8))
+    tiles = {(f, n): next(shapes) for f, rows in ROWS.items() if f != "pages" for n in rows}
+    tiles |= {("pages", n): tiles["stream", n] for n in ROWS["pages"]}
+    own = tuple(Entry(f, n, 2 * d, keys, warps, 2, 1) for (f, n), (keys, warps) in tiles.items())
+    met = variants_of(d, d, torch.bfloat16, replace(DEVICES[device], tiles=own))
+    assert {k: len(v) for k, v in met.items() if len(v) >= LIMIT} == {}
+    used = {key[-2:] for key in met["decode"]}
+    assert {(warps, 2) for _, warps in tiles.values()} & used, "no own tile was met"
 
 
 class Recorder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,17 @@ def test_best_speedup_and_failures(result: Result) -> None:
     assert result.own_failures() == []  # a case that memory cannot hold is no failure
     result.rows.append(Row("two", "prefill", "headfold", note="RuntimeError: no"))
     assert len(result.own_failures()) == 1
+
+
+def test_report_says_when_the_tiles_are_the_machines_own(result: Result) -> None:
+    """A time in other tiles is not that of headfold as it comes."""
+    words = "decode tiles of the machine's own table"
+    for facts, said in (({}, False), ({"own_tiles": 0}, False), ({"own_tiles": 3}, True)):
+        out = console()
+        with out.capture() as captured:
+            show(replace(result, device_facts={**result.device_facts, **facts}), out)
+        assert (f"; 3 {words}" in captured.get()) == said
+        assert (words in captured.get()) == said
 
 
 def test_report_shows_times_reasons_and_commands(result: Result) -> None:

@@ -68,6 +68,75 @@ def test_a_captured_graph_follows_lengths_that_change(shape: tuple[int, int, int
         assert_accurate(x, out, lse)
 
 
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("rotates", [False, True])
+def test_a_captured_step_reads_the_lengths_that_the_one_before_it_left(page_size: int, rotates: bool) -> None:
+    """Append and attention overlap, and so do a step's end and the next one's start: hundreds of tokens one by one."""
+    b, h, hk, d, room, steps = 5, 32, 8, 128, 640, 300
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=g)
+
+    k_cache, v_cache = normal(b, room, hk, d), normal(b, room, hk, d)
+    first = torch.tensor([0, 1, 127, 300, 339], dtype=torch.int32, device="cuda")
+    lengths, step = first.clone(), torch.zeros(1, dtype=torch.int64, device="cuda")
+    q, k, v = normal(steps, b, 1, h, d), normal(steps, b, 1, hk, d), normal(steps, b, 1, hk, d)
+    angles = {}
+    if rotates:
+        cos, sin = (torch.rand(room, d // 2, device="cuda", generator=g).bfloat16() for _ in range(2))
+        angles = {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": False}
+    keys, values, table = k_cache.clone(), v_cache.clone(), None
+    if page_size:
+        per = room // page_size
+        table = torch.randperm(b * per, device="cuda").int().view(b, per)
+        for cache in (k_cache, v_cache):
+            pages = torch.empty_like(cache).view(b * per, page_size, hk, d)
+            pages[table.long()] = cache.view(b, per, page_size, hk, d)
+            cache.set_(pages)
+    out = torch.empty(steps, b, 1, h, d, device="cuda", dtype=torch.bfloat16)
+
+    def take_a_step() -> None:
+        new = [t.index_select(0, step)[0] for t in (q, k, v)]
+        found = headfold.flash_attn_with_kvcache(
+            new[0], k_cache, v_cache, *new[1:], cache_seqlens=lengths, page_table=table, causal=True, **angles
+        )
+        assert isinstance(found, torch.Tensor)
+        out.index_copy_(0, step, found.unsqueeze(0))
+        lengths.add_(1)
+        step.add_(1)
+
+    take_a_step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        take_a_step()
+    lengths.copy_(first)
+    step.zero_()
+    for _ in range(steps):
+        graph.replay()
+    for i in range(steps):
+        new_q, new_k = q[i], k[i]
+        for n in range(b):
+            at = int(first[n]) + i
+            if rotates:
+                turn = (cos[at : at + 1], sin[at : at + 1])
+                zero = torch.zeros(1, dtype=torch.int64, device="cuda")
+                new_q[n] = reference.rotate(q[i, n], *turn, zero, False)
+                new_k[n] = reference.rotate(k[i, n], *turn, zero, False)
+            keys[n, at], values[n, at] = new_k[n, 0], v[i, n, 0]
+            rows = new_q[n, 0].float().view(hk, h // hk, d)
+            scores = torch.einsum("gid,kgd->gik", rows, keys[n, : at + 1].float()) * d**-0.5
+            wanted = torch.einsum("gik,kgd->gid", scores.softmax(-1), values[n, : at + 1].float())
+            torch.testing.assert_close(
+                out[i, n, 0].float(),
+                wanted.reshape(h, d),
+                atol=2e-2,
+                rtol=2e-2,
+                msg=f"step {i}, sequence {n}",
+            )
+
+
 @pytest.mark.parametrize("shared", [512, 8192])
 def test_a_captured_graph_of_a_shared_prefix(shared: int) -> None:
     """Both parts and their merge replay with any lengths from the prefix on, and what is kept stays kept."""

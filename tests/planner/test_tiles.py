@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from headfold.planner import DEVICES, Device
 from headfold.planner.tiles import (
+    ALIKE,
     MEASURED,
     Form,
     Tile,
@@ -82,7 +83,7 @@ def test_next_power_of_two(n: int) -> None:
     assert p >= n > p // 2
 
 
-def check_tile(tile: Tile, d: int, dv: int, dtype: torch.dtype, device: Device) -> None:
+def check_tile(tile: Tile, d: int, dv: int, dtype: torch.dtype, device: Device, paged: bool = False) -> None:
     """What any launchable tile fulfils."""
     assert is_power_of_two(tile.rows)
     assert is_power_of_two(tile.keys)
@@ -90,7 +91,7 @@ def check_tile(tile: Tile, d: int, dv: int, dtype: torch.dtype, device: Device) 
     assert min(tile.rows, tile.keys) >= 16  # the smallest product
     assert tile.warps <= 16
     assert tile.stages >= 1
-    assert shared_memory(tile, d, dv, dtype) <= device.smem, (tile, d, dv, dtype, device.name)
+    assert shared_memory(tile, d, dv, dtype, paged=paged) <= device.smem, (tile, d, dv, dtype, device.name)
 
 
 @devices
@@ -101,11 +102,47 @@ def test_decode_tiles_fit_shared_memory(
 ) -> None:
     """On every device of the table, at every pair of head dimensions, rows aligned or not."""
     tile = decode_tile(rows, d, dv, dtype, form, device, aligned, featured=featured)
-    check_tile(tile, d, dv, dtype, device)
+    check_tile(tile, d, dv, dtype, device, form == "pages")
     assert not tile.tma
     assert tile.stages == (5 if form == "pages" else 3)
     assert 1 <= tile.resident <= 2
-    assert tile.resident * shared_memory(tile, d, dv, dtype) <= device.smem
+    assert tile.resident * shared_memory(tile, d, dv, dtype, paged=form == "pages") <= device.smem
+
+
+@devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(dims, dims, st.integers(1, 3000), st.booleans(), st.booleans(), st.booleans(), st.booleans())
+def test_rows_of_a_cache_are_computed_and_cut_as_its_pages(
+    device: Device,
+    dtype: torch.dtype,
+    d: int,
+    dv: int,
+    rows: int,
+    aligned: bool,
+    featured: bool,
+    tensor_mask: bool,
+    rotary: bool,
+) -> None:
+    """Both give the same bits: also where the two stages more of a page look-up leave room for fewer programs."""
+    tiles = [
+        decode_tile(
+            *(rows, d, dv, dtype, form, device, aligned),
+            featured=featured,
+            tensor_mask=tensor_mask,
+            rotary=rotary,
+        )
+        for form in ALIKE
+    ]
+    assert replace(tiles[0], stages=0) == replace(tiles[1], stages=0)
+
+
+def test_an_a100_cuts_rows_of_a_cache_for_as_many_programs_as_its_pages() -> None:
+    """256 keys of d32: two programs of rows would fit an A100's multiprocessor, of pages only one."""
+    device = DEVICES["a100"]
+    tiles = {form: decode_tile(4, 32, 32, torch.float16, form, device) for form in ALIKE}
+    alone = {f: shared_memory(t, 32, 32, torch.float16, paged=f == "pages") for f, t in tiles.items()}
+    assert [device.smem // n for n in alone.values()] == [2, 1]
+    assert [t.resident for t in tiles.values()] == [1, 1]
 
 
 @pytest.mark.parametrize("device", ["l4", "rtx4090", "rtx5090"])
@@ -131,7 +168,7 @@ def test_prefill_tiles_fit_shared_memory(
     """The last candidate is taken whether it fits or not: it must."""
     tma = tma and aligned and not paged  # as tma_possible has it
     tile = prefill_tile(d, dv, dtype, tma, device, paged=paged, aligned=aligned, tensor_mask=tensor_mask)
-    check_tile(tile, d, dv, dtype, device)
+    check_tile(tile, d, dv, dtype, device, paged)
     if paged and dtype != torch.float32:
         assert tile.stages >= 4  # two for the page look-up, two for K and V
     if tile.tma:
@@ -179,22 +216,40 @@ def test_less_shared_memory_means_smaller_blocks_not_failure() -> None:
     assert shared_memory(tile, 128, 128, torch.bfloat16) <= small.smem
 
 
-@given(dims, dims, st.sampled_from((16, 32, 64, 128)), st.sampled_from((16, 32, 64, 128)), st.integers(1, 5))
+@given(
+    dims,
+    dims,
+    st.sampled_from((16, 32, 64, 128)),
+    st.sampled_from((16, 32, 64, 128)),
+    st.integers(1, 5),
+    st.booleans(),
+)
 def test_shared_memory_grows_with_all_that_is_held(
-    d: int, dv: int, rows: int, keys: int, stages: int
+    d: int, dv: int, rows: int, keys: int, stages: int, paged: bool
 ) -> None:
     """More rows, keys, stages or wider elements never need less; what surely must be held is counted."""
 
     def of(
         rows: int = rows, keys: int = keys, stages: int = stages, dtype: torch.dtype = torch.bfloat16
     ) -> int:
-        return shared_memory(Tile(rows, keys, 4, stages), d, dv, dtype)
+        return shared_memory(Tile(rows, keys, 4, stages), d, dv, dtype, paged=paged)
 
     assert of(rows=2 * rows) > of()
     assert of(keys=2 * keys) > of()
     assert of(stages=stages + 1) >= of()
     assert of(dtype=torch.float32) > of()
     assert of() >= 2 * (rows * d + keys * (d + dv))
+
+
+@pytest.mark.parametrize(("rows", "stages", "buffers"), [(16, 3, 2), (16, 4, 3), (64, 3, 3), (64, 4, 4)])
+def test_every_stage_holds_a_block_but_those_of_the_page_look_up(
+    rows: int, stages: int, buffers: int
+) -> None:
+    """Rows in n stages, pages in n + 2."""
+    block = 64 * 256 * 2
+    for paged, n in ((False, stages), (True, stages + 2)):
+        held = shared_memory(Tile(rows, 64, 4, n), 128, 128, torch.bfloat16, paged=paged)
+        assert (held - rows * 256 - 8192) // block == buffers
 
 
 @pytest.mark.parametrize(("form", "rows"), MEASURED)

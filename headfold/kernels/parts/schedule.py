@@ -21,15 +21,17 @@ CHUNK: tl.constexpr = tl.constexpr(128)
 def look_up(seq, first_row, lengths, fold, band, BLOCK_M: tl.constexpr, FEATURED: tl.constexpr):
     """Where sequences lie and what a tile sees of them; seq is one sequence or a vector of them.
 
-    lengths is (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad, sq_capacity, sk_capacity), the first
-    five addresses; band (bottom_right, window_left, window_right, chunk). Returns (first row of q, rows, first key,
-    padding before it, keys, how far the diagonal is moved, first and end of the keys that the tile sees).
+    lengths is (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad, sq_capacity, sk_capacity, grown, room),
+    the first five addresses; keys are `grown` more than those say, and at most `room`. band is (bottom_right,
+    window_left, window_right, chunk). Returns (first row of q, rows, first key, padding before it, keys, how far the
+    diagonal is moved, first and end of the keys that the tile sees).
     """
     q_first, sq = sequence_span(seq, lengths[0], lengths[2], lengths[5])
     k_first, sk = sequence_span(seq, lengths[1], lengths[3], lengths[6])
     pad = 0
     if FEATURED:
         pad = load_index(lengths[4], seq, 0)
+    sk = tl.minimum(tl.minimum(sk, lengths[8]) + lengths[7], lengths[8])
     sk = tl.maximum(sk - pad, 0)
     shift = (sk - sq) * band[0]
     low, high, full_low, full_high = tile_keys(
