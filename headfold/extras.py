@@ -24,6 +24,7 @@ def extras_of(x: Inputs, out: torch.Tensor | None) -> tuple[str, ...]:
         (x.rotary_cos is not None, "a rotation of q"),
         (scale is not None and scale < 0, "a negative softmax scale"),
         (any(_expanded(t) for t in (x.q, x.k, x.v)), "an expanded tensor"),
+        (x.page_table is not None and x.k.shape[0] == 0, "cache without a page"),
         (
             not all(_copy_engine_strides(t) for t in (x.q, x.k, x.v)),
             "strides that the copy engine cannot walk",

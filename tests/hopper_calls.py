@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,3 +139,47 @@ def drawn_ragged(seed: int, device: str, bounds: Bounds = LARGE_RAGGED) -> Input
         for i, n in enumerate(k_lens):
             x.k[i, n:], x.v[i, n:] = NAN, NAN
     return x
+
+
+LAYOUTS = ("apart", "halves", "heads first")
+
+
+def in_pages(
+    x: Inputs,
+    lengths: list[int],
+    page_size: int,
+    garbage_before: int = 0,
+    shuffled: bool = True,
+    layout: str = "apart",
+) -> Inputs:
+    """The call with the first `lengths` keys of each dense sequence in pages, the table a part of a wider one.
+
+    Pages that nobody owns and rows past the ends hold NaN, table entries past the ends garbage; entries of pages that
+    end before key `garbage_before` too. `layout` is that of an engine's cache: K and V apart, as halves of one tensor
+    (pages, 2, page_size, hk, d), or in such a tensor with heads before the tokens of a page.
+    """
+    per = [-(-n // page_size) for n in lengths]
+    count, width = sum(per) + 2, max(per) + 1
+    order = torch.randperm(count).tolist() if shuffled else list(range(count))[::-1]
+    table = torch.full((len(lengths), width + 3), 2**31 - 1, dtype=torch.int32)
+    pools = pools_of(x, count, page_size, layout)
+    for i, n in enumerate(lengths):
+        for j in range(per[i]):
+            first, last = j * page_size, min((j + 1) * page_size, n)
+            if last <= garbage_before:
+                continue
+            table[i, j] = page = order.pop()
+            for pool, t in zip(pools, (x.k, x.v), strict=True):
+                pool[page, : last - first] = t[i, first:last]
+    return replace(x, k=pools[0], v=pools[1], page_table=table.to(x.k.device)[:, :width])
+
+
+def pools_of(x: Inputs, count: int, page_size: int, layout: str) -> list[torch.Tensor]:
+    """Empty pages for the call's K and V, full of NaN."""
+    hk, widths = x.k.shape[2], (x.k.shape[3], x.v.shape[3])
+    if layout == "apart":
+        return [x.k.new_full((count, page_size, hk, d), NAN) for d in widths]
+    sizes = (page_size, hk) if layout == "halves" else (hk, page_size)
+    pages = x.k.new_full((count, 2, *sizes, max(widths)), NAN)
+    halves = [pages[:, i, ..., :d] for i, d in enumerate(widths)]
+    return halves if layout == "halves" else [t.transpose(1, 2) for t in halves]

@@ -19,6 +19,9 @@ OPEN_SIDE = 2**30
 # Stands for a softmax scale of 0: every score becomes 0 to the last bit, and a hidden one stays -inf.
 NO_SCALE = 1e-30
 
+# Bytes of a row of shared memory as it is swizzled.
+SWIZZLED = 128
+
 # Launches captured into graphs, over the process's life, that find a counter without clearing one in every replay.
 CAPTURED = 65536
 
@@ -45,6 +48,8 @@ def launch_arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The kernel's run-time arguments but the counter, and its compile-time ones with Triton's options."""
     rows, keys = plan.block_m // 2, plan.block_n
+    # Boxes of pages go into shared memory one by one: they are as wide as what lies there in one piece.
+    box = (plan.page_rows, SWIZZLED // x.k.element_size()) if plan.page_rows else (keys, None)
     d, dv = plan.d_parts[0], plan.dv_parts[0]
     q, k, v = (_by_head(t) for t in (x.q, x.k, x.v))
     mask, mask_steps = None, (0, 0)
@@ -60,8 +65,8 @@ def launch_arguments(
     )
     arguments = (
         boxes(q, rows, d),
-        boxes(k, keys, d),
-        boxes(v, keys, dv),
+        boxes(k, box[0], box[1] or d),
+        boxes(v, box[0], box[1] or dv),
         mask,
         out,
         lse,
@@ -81,6 +86,10 @@ def launch_arguments(
         *(s // 8 for s in out_strides),
         *lse_strides,
         max(x.scale, NO_SCALE) * math.log2(math.e),
+        x.page_table,
+        0 if x.page_table is None else x.page_table.stride(0),
+        k.shape[2],
+        keys // (plan.page_rows or keys),
     )
     variant = {
         "HEAD_DIM": d,
@@ -90,6 +99,8 @@ def launch_arguments(
         "STAGES": plan.num_stages,
         "MASKED": mask is not None,
         "VARLEN": any(given),
+        "LEFT": x.window_left >= 0,
+        "PAGE_ROWS": plan.page_rows,
         "num_warps": 4,
         "maxnreg": MAX_REGISTERS,
         "enable_fp_fusion": True,  # Triton's default up to 3.9

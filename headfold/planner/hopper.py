@@ -8,6 +8,10 @@ from headfold.problem import Problem
 
 ROWS = 128  # two warpgroups of 64 query positions of one head
 STAGES = 2
+# Boxes lie in shared memory at multiples of 8 rows, the period of its swizzling.
+FEWEST_PAGE_ROWS = 8
+# Under a left window a tile's first block begins at a multiple of so many keys (`kernels/hopper/spans.py`).
+EDGE = 16
 # On an H200 this kernel runs at 1.3 times the Triton kernel's TFLOP/s (d128, 4096 keys; d96 1.4, d256 1.9, d64 as
 # fast without a mask and 1.1 times causal): it may waste rows for it.
 WORTH_ROWS = 1.3
@@ -36,9 +40,11 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
     if reason:
         return f"the Triton kernel, not the Gluon one, {reason}"
     d, dv = tile_dim(p.head_dim), tile_dim(p.head_dim_v)
-    keys = 128 if max(d, dv) <= 128 else 64
+    keys = block_keys(p)
     head_bytes = p.max_seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
     section = max(1, int(device.l2 * SECTION_OF_L2) // head_bytes) * p.group
+    box = page_rows(p) if p.kv_layout == "paged" else 0
+    pages = (f"keys come in boxes of {box}, each from one page of {p.page_size}",) if box else ()
     workers = min(max(1, device.sms - p.sm_margin), p.batch * per_sequence * p.num_heads)
     return Plan(
         backend="hopper",
@@ -54,12 +60,15 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
         d_parts=(d, 0),
         dv_parts=(dv, 0),
         use_tma=True,
+        paged=box > 0,
+        page_rows=box,
         workers=workers,
         section=min(section, p.batch * p.num_heads),
         shared_memory=shared_memory(p, keys),
         reasons=(
             "two warpgroups compute while a third fetches through the copy engine (Gluon, docs/hopper.md)",
             "a tile holds rows of one head: the heads of a group find K and V in the L2 cache",
+            *pages,
         ),
     )
 
@@ -70,8 +79,10 @@ def refusal(p: Problem) -> str:
         return "which is for float16 and bfloat16"
     if not tile_dim(p.head_dim) or not tile_dim(p.head_dim_v):
         return f"whose tiles of 64, 128 or 256 columns would be padding by a third from {p.head_dim}/{p.head_dim_v}"
-    if p.kv_layout == "paged":
-        return "which has no page tables"
+    if p.kv_layout == "paged" and page_rows(p) < FEWEST_PAGE_ROWS:
+        return f"whose boxes of {FEWEST_PAGE_ROWS} keys or more would not lie in pages of {p.page_size}"
+    if p.kv_layout == "paged" and p.tensor_mask:
+        return "which has no masks over pages"
     if not p.aligned or not p.tma_strides:
         return "which needs rows of 16-byte multiples"
     if p.pack_gqa and p.group > 1:
@@ -79,6 +90,17 @@ def refusal(p: Problem) -> str:
     if p.extras:
         return f"which has no {' and no '.join(p.extras)}"
     return ""
+
+
+def block_keys(p: Problem) -> int:
+    """Keys of a block."""
+    return 128 if max(tile_dim(p.head_dim), tile_dim(p.head_dim_v)) <= 128 else 64
+
+
+def page_rows(p: Problem) -> int:
+    """Keys of a box of a paged cache: the largest power of two that divides the page size and fits where blocks begin."""
+    most = min(block_keys(p), EDGE) if p.window_left is not None else block_keys(p)
+    return min(p.page_size & -p.page_size, most)
 
 
 def tile_dim(d: int) -> int:

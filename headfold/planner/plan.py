@@ -28,7 +28,8 @@ class Plan:
     `mask_lists` counts the lists of blocks that a mask leaves alive, (sequences, head units, tiles), 1 where all share
     and 0 where no kernel makes them, `mask_list_blocks` the blocks that each may hold.
     `workers` programs of a persistent kernel share the tiles (0: a program each); `section` heads at a time have
-    their K and V in the L2 cache. How the CPU backend reads a Plan is said in `backends/cpu.py`.
+    their K and V in the L2 cache; where it fetches pages, `page_rows` keys come in one box from one of them (0: no pages).
+    How the CPU backend reads a Plan is said in `backends/cpu.py`.
     """
 
     backend: Backend
@@ -56,6 +57,7 @@ class Plan:
     search_tiles: bool = False
     aligned: bool = True
     paged: bool = False
+    page_rows: int = 0
     featured: bool = False
     tensor_mask: bool = False
     rotary: bool = False

@@ -11,7 +11,7 @@ from headfold.planner import Plan, running_device
 from headfold.planner.hopper import plan_hopper
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
-from tests.hopper_calls import drawn, drawn_ragged
+from tests.hopper_calls import LAYOUTS, drawn, drawn_ragged, in_pages
 
 pytestmark = [
     pytest.mark.gpu,
@@ -135,3 +135,84 @@ def test_drawn_ragged_calls(seed: int) -> None:
     assert_accurate(x, out, lse)
     again = attend(x)
     assert torch.equal(again[0].nan_to_num(5.0), out.nan_to_num(5.0))
+
+
+def paged_rows(
+    lengths: list[int], q_lens: list[int] | int, d: int, dv: int, window: tuple[int, int], heads: int = 8
+) -> Inputs:
+    """Dense K and V with lengths; NaN past the ends. Queries are ragged where `q_lens` is a list."""
+    batch, most = len(lengths), max(lengths) + 7
+    x = Inputs(
+        rand(1),
+        rand(batch, most, 2, d),
+        rand(batch, most, 2, dv),
+        window_left=window[0],
+        window_right=window[1],
+    )
+    for i, n in enumerate(lengths):
+        x.k[i, n:], x.v[i, n:] = NAN, NAN
+    x.seqused_k = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    if isinstance(q_lens, int):
+        x.q = rand(batch, q_lens, heads, d)
+    else:
+        x.q = rand(sum(q_lens), heads, d)
+        x.cu_seqlens_q = torch.tensor([0, *q_lens], device="cuda").cumsum(0).int()
+        x.max_seqlen_q = max(q_lens)
+    return x
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (40, 0), (37, 5)])
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (256, 256), (192, 128), (96, 96)])
+@pytest.mark.parametrize("page_size", [8, 16, 24, 48, 64, 128, 256])
+def test_pages_give_the_bits_of_rows(page_size: int, d: int, dv: int, window: tuple[int, int]) -> None:
+    """Pages in order and shuffled, in every layout of engines; NaN in pages that nobody owns and past the ends; garbage
+    in the table past the ends."""
+    torch.manual_seed(page_size + d)
+    for lengths, q_lens in (([700, 0, 1300, 129], 200), ([333, 900, 64], [300, 1, 150])):
+        rows = paged_rows(lengths, q_lens, d, dv, window)
+        want = attend(rows)
+        assert_accurate(rows, *want)
+        for shuffled, layout in ((False, "apart"), *((True, one) for one in LAYOUTS)):
+            got = attend(in_pages(rows, lengths, page_size, shuffled=shuffled, layout=layout))
+            assert torch.equal(got[0], want[0]), (lengths, shuffled, layout)
+            assert torch.equal(got[1], want[1]), (lengths, shuffled, layout)
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 64, 128])
+@pytest.mark.parametrize("left", [-1, 37, 45])
+def test_chunked_prefill_on_pages(page_size: int, left: int) -> None:
+    """200 queries at the end of 700 keys. Keys that left the window are NaN, and their pages are anyone's."""
+    rows = paged_rows([700], 200, 128, 128, (left, 0))
+    gone = 0 if left < 0 else 700 - 200 - left
+    rows.k[:, :gone], rows.v[:, :gone] = NAN, NAN
+    want = attend(rows)
+    assert_accurate(rows, *want)
+    got = attend(in_pages(rows, [700], page_size, garbage_before=gone))
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 64, 128])
+@pytest.mark.parametrize("sq", [128, 512, 2048])
+def test_repeated_runs_on_pages_have_the_same_bits(page_size: int, sq: int) -> None:
+    torch.manual_seed(0)
+    lengths = [sq, sq - 37, sq + 100]
+    rows = paged_rows(lengths, sq, 128, 128, (-1, 0))
+    pages = in_pages(rows, lengths, page_size)
+    first = attend(rows)
+    for _ in range(200 if sq < 2048 else 50):
+        again = attend(pages)
+        assert torch.equal(again[0], first[0])
+        assert torch.equal(again[1], first[1])
+
+
+def test_pages_through_the_public_function() -> None:
+    """A prefill of a paged cache goes to this kernel by plan."""
+    lengths = [2048, 1700, 1024, 2048]
+    rows = paged_rows(lengths, 1024, 128, 128, (-1, 0))
+    x = in_pages(rows, lengths, 16)
+    assert backends.plan_of(x)[1].backend == "hopper"
+    got = headfold.flash_attn_with_kvcache(
+        x.q, x.k, x.v, cache_seqlens=x.seqused_k, page_table=x.page_table, causal=True
+    )
+    assert torch.equal(got, attend(rows)[0])

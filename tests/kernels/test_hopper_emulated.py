@@ -6,16 +6,20 @@ without a barrier, whether or not a schedule makes it show.
 
 from __future__ import annotations
 
-from itertools import starmap
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from headfold.kernels.hopper import spans
+from headfold.planner import hopper as planner
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
-from tests.hopper_calls import SMALL, SMALL_RAGGED, drawn, drawn_ragged
+from tests.gluon_emulator.engines import Descriptor
+from tests.hopper_calls import LAYOUTS, SMALL, SMALL_RAGGED, drawn, drawn_ragged, in_pages
 from tests.kernels.emulated import attend
 
 
@@ -27,12 +31,15 @@ def check(x: Inputs, schedules: int = 2, programs: int = 2) -> None:
     first = attend(x, 0, programs)
     assert_accurate(x, *first)
     for seed in range(1, schedules):
-        again = attend(x, seed, programs)
-        assert all(starmap(torch.equal, zip(bits(again), bits(first), strict=True)))
+        assert same(attend(x, seed, programs), first)
 
 
-def bits(results: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-    return [t.contiguous().view(torch.uint8) for t in results]
+def same(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """Bit for bit, rows that are not written included."""
+    return all(
+        torch.equal(s.contiguous().view(torch.uint8), t.contiguous().view(torch.uint8))
+        for s, t in zip(a, b, strict=True)
+    )
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -81,3 +88,106 @@ def test_rows_whose_biases_are_all_the_lowest_float() -> None:
     want = torch.einsum("bhqk,bkhd->bqhd", scores.float().softmax(-1).double(), v.double())
     assert (out - want).abs().max() < 0.01
     assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=1e-5)
+
+
+def ragged(q_lens: list[int], heads: int, d: int) -> dict[str, Any]:
+    offsets = torch.tensor([0, *q_lens]).cumsum(0).int()
+    return {"q": rand(sum(q_lens), heads, d), "cu_seqlens_q": offsets, "max_seqlen_q": max(q_lens)}
+
+
+PAGED = [
+    # d, dv, page size, queries (None: ragged), window
+    (64, 64, 8, 150, (-1, 0)),
+    (64, 64, 16, None, (-1, 0)),
+    (64, 128, 24, 150, (-1, -1)),
+    (64, 64, 64, None, (-1, -1)),
+    (96, 96, 256, 150, (-1, 0)),
+    (128, 128, 8, None, (40, 0)),
+    (128, 128, 16, 150, (40, 0)),
+    (128, 128, 24, 200, (37, 5)),
+    (128, 128, 48, 150, (-1, 0)),
+    (128, 128, 64, None, (37, 0)),
+    (128, 128, 128, 200, (-1, 0)),
+    (128, 128, 256, 150, (100, -1)),
+    (192, 128, 16, 150, (-1, 0)),
+    (256, 256, 8, 150, (40, 0)),
+    (256, 256, 16, None, (-1, 0)),
+    (256, 256, 64, 150, (-1, 0)),
+    (256, 256, 128, 150, (-1, -1)),
+]
+
+
+@pytest.mark.parametrize(("d", "dv", "page_size", "sq", "window"), PAGED)
+def test_pages_give_the_bits_of_rows(
+    d: int, dv: int, page_size: int, sq: int | None, window: tuple[int, int]
+) -> None:
+    """Shuffled pages; NaN in pages that nobody owns and past the ends; garbage in the table past the ends."""
+    torch.manual_seed(d + page_size)
+    lengths = [130, 0, 333]
+    queries = ragged([129, 40, 170], 2, d) if sq is None else {"q": rand(3, sq, 2, d)}
+    k, v = rand(3, 340, 1, d), rand(3, 340, 1, dv)
+    for i, n in enumerate(lengths):
+        k[i, n:], v[i, n:] = NAN, NAN
+    used = torch.tensor(lengths, dtype=torch.int32)
+    rows = Inputs(k=k, v=v, seqused_k=used, window_left=window[0], window_right=window[1], **queries)
+    want = attend(rows)
+    assert_accurate(rows, *want)
+    for seed, layout in enumerate(LAYOUTS):
+        assert same(attend(in_pages(rows, lengths, page_size, shuffled=seed > 0, layout=layout), seed), want)
+
+
+@pytest.mark.parametrize("d", [128, 256])
+@pytest.mark.parametrize(("page_size", "left"), [(8, -1), (8, 40), (48, -1), (48, 40), (256, -1), (256, 40)])
+def test_boxes_lie_in_pages_of_the_sequence(
+    monkeypatch: pytest.MonkeyPatch, d: int, page_size: int, left: int
+) -> None:
+    """What the copy engine is sent for: rows within a page that a window reaches into, or page -1 past the ends.
+
+    Any other page outside the tensor would come as zeros too, and garbage in the table would be followed unseen.
+    """
+    torch.manual_seed(page_size)
+    lengths = [130, 0, 333]
+    rows = Inputs(
+        rand(3, 150, 2, d), rand(3, 340, 1, d), rand(3, 340, 1, d), window_left=left, window_right=0
+    )
+    rows.seqused_k = torch.tensor(lengths, dtype=torch.int32)
+    x = in_pages(rows, lengths, page_size)
+    assert x.page_table is not None
+    seen: set[int] = set()
+    for pages, n in zip(x.page_table.tolist(), lengths, strict=True):
+        first = max(n - 150 - left, 0) // 16 * 16 if left >= 0 else 0
+        seen |= set(pages[first // page_size : -(-n // page_size)])
+    boxes: list[tuple[list[int], list[int]]] = []
+    box = Descriptor.box
+
+    def recorded(self: Descriptor, corner: list[int]) -> torch.Tensor:
+        if self.sizes[0] == x.k.shape[0]:
+            boxes.append((corner, self.block_shape))
+        return box(self, corner)
+
+    monkeypatch.setattr(Descriptor, "box", recorded)
+    attend(x)
+    assert {corner[0] for corner, _ in boxes} == seen | {-1}
+    assert all(0 <= corner[2] <= page_size - shape[2] for corner, shape in boxes)
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 128])
+@pytest.mark.parametrize("left", [-1, 37, 45])  # the first key is 15 or 7 keys into a box
+def test_chunked_prefill_on_pages(page_size: int, left: int) -> None:
+    """200 queries at the end of 700 keys. Keys that left the window are NaN, and their pages are anyone's."""
+    torch.manual_seed(page_size)
+    gone = 0 if left < 0 else 700 - 200 - left
+    k, v = rand(1, 700, 1, 64), rand(1, 700, 1, 64)
+    k[:, :gone], v[:, :gone] = NAN, NAN
+    rows = Inputs(rand(1, 200, 2, 64), k, v, window_left=left, window_right=0)
+    check(rows)
+    rows.seqused_k = torch.tensor([700], dtype=torch.int32)
+    want = attend(rows)
+    pages = in_pages(rows, [700], page_size, garbage_before=gone)
+    assert same(attend(pages), want)
+    offsets = replace(pages, seqused_k=None, cu_seqlens_k=torch.tensor([0, 700], dtype=torch.int32))
+    assert same(attend(offsets), want)
+
+
+def test_planner_and_kernel_agree_where_blocks_begin() -> None:
+    assert spans.EDGE.value == planner.EDGE

@@ -378,7 +378,8 @@ def test_no_plan_uses_tma_where_it_is_impossible(p: Any, device: Any) -> None:
         assert tma_possible(p) or plan.backend == "hopper"
         assert p.aligned
         assert p.tma_strides
-        assert p.kv_layout != "paged"
+        # A box lies in one page; the Triton kernel's copy engine fetches none.
+        assert p.kv_layout != "paged" or (plan.page_rows >= 8 and p.page_size % plan.page_rows == 0)
 
 
 def strided(*shape: int, stride: int) -> torch.Tensor:

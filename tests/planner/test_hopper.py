@@ -55,7 +55,8 @@ def test_the_interpreter_keeps_the_triton_kernel() -> None:
     [
         ({"dtype": torch.float32}, "float16 and bfloat16"),
         ({"head_dim": 80, "head_dim_v": 80}, "80/80"),
-        ({"kv_layout": "paged", "page_size": 16}, "page tables"),
+        ({"kv_layout": "paged", "page_size": 20}, "boxes of 8 keys or more would not lie in pages of 20"),
+        ({"kv_layout": "paged", "page_size": 16, "tensor_mask": True}, "no masks over pages"),
         ({"aligned": False}, "16-byte"),
         ({"pack_gqa": True}, "pack_gqa=True"),
         ({"extras": ("a sink", "a softcap")}, "no a sink and no a softcap"),
@@ -63,6 +64,34 @@ def test_the_interpreter_keeps_the_triton_kernel() -> None:
 )
 def test_what_it_cannot_do_goes_to_triton_and_the_plan_says_why(other: dict[str, Any], words: str) -> None:
     assert words in reason(prefill(**other))
+
+
+@pytest.mark.parametrize(
+    ("page_size", "d", "left", "rows"),
+    [
+        (8, 128, None, 8),
+        (16, 64, None, 16),
+        (24, 128, None, 8),
+        (48, 128, None, 16),
+        (64, 128, None, 64),
+        (128, 128, None, 128),
+        (256, 128, None, 128),
+        (256, 256, None, 64),  # a block of d256 is 64 keys
+        (256, 128, 100, 16),  # under a left window blocks begin at multiples of 16 keys
+        (8, 128, 100, 8),
+    ],
+)
+def test_a_box_of_a_paged_cache_lies_in_one_page(page_size: int, d: int, left: int | None, rows: int) -> None:
+    paged = {"kv_layout": "paged", "page_size": page_size, "lengths_on_device": True, "window_left": left}
+    plan = make_plan(prefill(head_dim=d, head_dim_v=d, **paged), H200)
+    assert (plan.backend, plan.paged, plan.page_rows) == ("hopper", True, rows)
+    assert plan.block_n % rows == page_size % rows == 0
+    assert f"boxes of {rows}, each from one page of {page_size}" in plan.reasons[-1]
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 4, 12, 20, 100])
+def test_pages_too_small_for_a_box_keep_the_triton_kernel(page_size: int) -> None:
+    assert f"pages of {page_size}" in reason(prefill(kv_layout="paged", page_size=page_size))
 
 
 def test_short_queries_of_a_group_are_folded_by_the_triton_kernel() -> None:
@@ -134,3 +163,6 @@ def test_extras_name_what_a_call_asks_beyond() -> None:
     x = inputs()
     x.k = x.k[:, :, :1].expand(1, 300, 2, 128)
     assert problem_of(x).extras == ("an expanded tensor",)
+    x = inputs(seqused_k=torch.zeros(1, dtype=torch.int32), page_table=torch.zeros(1, 4, dtype=torch.int32))
+    x.k = x.v = torch.empty(0, 16, 2, 128, dtype=torch.bfloat16)  # a descriptor needs a size of 1 at least
+    assert problem_of(x).extras == ("cache without a page",)

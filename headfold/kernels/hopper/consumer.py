@@ -19,7 +19,7 @@ from headfold.kernels.hopper.layouts import (
     weights_layout,
 )
 from headfold.kernels.hopper.schedule import receive
-from headfold.kernels.hopper.spans import full_blocks, locate, sequence, tile_blocks
+from headfold.kernels.hopper.spans import EDGE, full_blocks, locate, sequence, tile_blocks
 
 
 @gluon.jit
@@ -141,6 +141,18 @@ def zero_unseen(
 
 
 @gluon.jit
+def zero_front(values, rows, HEAD_DIM_V: gl.constexpr):
+    """Zero the first `rows` values of a tile's first block, fewer than EDGE, which lie before the first key it sees."""
+    layout: gl.constexpr = store_layout(HEAD_DIM_V)
+    part = values.slice(0, EDGE)
+    index = gl.arange(0, EDGE, gl.SliceLayout(1, layout))
+    loaded = part.load(layout)
+    part.store(gl.where((index >= rows)[:, None], loaded, gl.zeros_like(loaded)))
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
 def offset(base, strides, batch, row, head, UNIT: gl.constexpr):
     """Where the rows of a sequence's head begin; strides are (batch, row, head) in units of UNIT elements."""
     return base + (batch * strides[0] + row * strides[1] + head * strides[2]) * UNIT
@@ -181,6 +193,7 @@ def consume(
     COLUMNS: gl.constexpr,
     SHARED: gl.constexpr,
     VARLEN: gl.constexpr,
+    LEFT: gl.constexpr,
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces."""
     reads, bars, letters, Out, Lse, lengths, bottom_right, shape, window, total, scale_log2 = common
@@ -199,7 +212,7 @@ def consume(
         q_batch, q_first, sq, k_batch, k_first, sk = sequence(entry, lengths, VARLEN)
         first = tile * (GROUP_ROWS * GROUPS)
         shift = (sk - sq) * bottom_right
-        low, high, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N)
+        start, low, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, LEFT)
         own = first + GROUP * GROUP_ROWS
         left, right = full_blocks(own, GROUP_ROWS, sq, sk, shift, window, low, blocks, BLOCK_N)
 
@@ -252,6 +265,9 @@ def consume(
         older = (count - 1) % STAGES
         mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
         values = matrix(v_buffers.index(older), BLOCK_N, HEAD_DIM_V)
+        if LEFT:
+            if start > low:
+                zero_front(values, start - low, HEAD_DIM_V)
         acc = warpgroup_mma(weights, values, acc, is_async=True)
         turn += 1
         number = receive(turn, mail, posted, taken)

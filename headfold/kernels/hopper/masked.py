@@ -92,7 +92,7 @@ def consume_masked(
         q_batch, q_first, sq, k_batch, k_first, sk = sequence(entry, lengths, VARLEN)
         first = tile * (GROUP_ROWS * GROUPS)
         shift = (sk - sq) * bottom_right
-        low, high, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N)
+        _, low, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, False)
         own = first + GROUP * GROUP_ROWS
         left, right = full_blocks(own, GROUP_ROWS, sq, sk, shift, window, low, blocks, BLOCK_N)
         row_max = gl.full([GROUP_ROWS], float("-inf"), gl.float32, rows)

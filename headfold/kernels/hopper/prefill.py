@@ -12,11 +12,11 @@ MAX_REGISTERS = 168
 INTEGERS = (
     "has_cu_q has_cu_k has_used_q has_used_k sq sk bottom_right heads group tiles section units "
     "window_left window_right mask_step_b mask_step_h "
-    "out_stride_b out_stride_s out_stride_h lse_stride_b lse_stride_s lse_stride_h"
+    "out_stride_b out_stride_s out_stride_h lse_stride_b lse_stride_s lse_stride_h table_stride page_size boxes"
 ).split()
 
 # Read and written a number at a time: their alignment is no reason for another variant.
-POINTERS = "Lse cu_seqlens_q cu_seqlens_k seqused_q seqused_k counter".split()
+POINTERS = "Lse cu_seqlens_q cu_seqlens_k seqused_q seqused_k page_table counter".split()
 
 
 @gluon.jit
@@ -62,6 +62,10 @@ def prefill_kernel(
     lse_stride_s: gl.int64,
     lse_stride_h: gl.int64,
     scale_log2: gl.float32,
+    page_table,
+    table_stride: gl.int64,
+    page_size: gl.int32,
+    boxes: gl.int32,
     counter,
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
@@ -70,6 +74,8 @@ def prefill_kernel(
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
     VARLEN: gl.constexpr,
+    LEFT: gl.constexpr,
+    PAGE_ROWS: gl.constexpr,
 ):
     """Grid: one program a multiprocessor."""
     GROUPS: gl.constexpr = 2
@@ -111,6 +117,7 @@ def prefill_kernel(
     fetch = (
         (q_desc, k_desc, v_desc, mask_desc), (q_buffers, k_buffers, v_buffers, mask_buffers), flow, letters, counter,
         lengths, bottom_right, shape, window, (mask_step_b, mask_step_h), total, group,
+        (page_table, table_stride, page_size, boxes),
     )  # fmt: skip
     common = (reads, flow, letters, results, lses, lengths, bottom_right, shape, window, total, scale_log2)
     if MASKED:
@@ -148,7 +155,7 @@ def prefill_kernel(
                         VARLEN,
                     ),
                 ),
-                (produce, (fetch, BLOCK_N, GROUPS, STAGES, True, VARLEN)),
+                (produce, (fetch, BLOCK_N, GROUPS, STAGES, True, VARLEN, False, 0)),
             ],
             [4, 1],
             [240, 24],
@@ -158,13 +165,13 @@ def prefill_kernel(
             [
                 (
                     consume,
-                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN),
+                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
                 (
                     consume,
-                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN),
+                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
-                (produce, (fetch, BLOCK_N, GROUPS, STAGES, False, VARLEN)),
+                (produce, (fetch, BLOCK_N, GROUPS, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
             ],
             [4, 1],
             [240, 24],

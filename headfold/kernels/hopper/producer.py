@@ -1,8 +1,62 @@
 """The producer: one warp that takes tiles from the counter and has the copy engine fetch Q, K, V and mask blocks."""
 
-from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load
-from headfold.kernels.hopper.schedule import publish, sign_off, take
+from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load, view_as
+from headfold.kernels.hopper.layouts import shared_layout
+from headfold.kernels.hopper.schedule import one_each, publish, sign_off, take
 from headfold.kernels.hopper.spans import locate, sequence, tile_blocks
+
+LANES = gl.constexpr(32)  # of the producer's warp
+
+
+@gluon.jit
+def look_up(pages, entry, key, end, BLOCK_N: gl.constexpr, PAGE_ROWS: gl.constexpr):
+    """(pages of the boxes of the block from `key` on, a lane each, and the first one's row in its page).
+
+    `entry` is the number of the sequence. Boxes from key `end` on are looked up nowhere: their page is -1, outside the
+    tensor, and they come as zeros.
+    """
+    table, stride, page_size, boxes = pages
+    box = gl.arange(0, LANES, one_each(1))
+    first = key + box * PAGE_ROWS
+    live = (first < end) & (box < BLOCK_N // PAGE_ROWS)
+    found = gl.load(table + entry * stride + first // page_size, mask=live, other=-1)
+    return found, key - key // page_size * page_size
+
+
+@gluon.jit
+def boxes_of(buffers, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Buffers (stages, 1, 1, rows, columns) as boxes (1, 1, ROWS, COLUMNS), COLUMNS being those of a swizzled row.
+
+    Wider rows lie in shared memory as one such matrix after the other.
+    """
+    COUNT: gl.constexpr = (
+        buffers.type.shape[0] * (buffers.type.shape[3] // ROWS) * (buffers.type.shape[4] // COLUMNS)
+    )
+    layout: gl.constexpr = shared_layout(ROWS, COLUMNS, buffers.dtype.primitive_bitwidth, 4)
+    return view_as(buffers, buffers.dtype, [COUNT, 1, 1, ROWS, COLUMNS], layout)
+
+
+@gluon.jit
+def fetch_pages(
+    desc, found, head, page_size, count, bar, buffers, stage, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr
+):
+    """Issue the boxes of a block, each of which lies in one page and takes the columns of one swizzled row.
+
+    `count` = BLOCK_N // PAGE_ROWS comes as a number: the compiler would unroll a constant loop, and run out of registers.
+    """
+    pages, row = found
+    PAGE_ROWS: gl.constexpr = desc.block_type.shape[2]
+    WIDTH: gl.constexpr = desc.block_type.shape[3]
+    BOXES: gl.constexpr = BLOCK_N // PAGE_ROWS
+    PARTS: gl.constexpr = COLUMNS // WIDTH
+    slots = boxes_of(buffers, PAGE_ROWS, WIDTH)
+    box = gl.arange(0, LANES, one_each(1))
+    for i in range(count):
+        page = gl.max(gl.where(box == i, pages, -1), 0)
+        for c in gl.static_range(PARTS):
+            tma_load(desc, [page, head, row, c * WIDTH], bar, slots.index((stage * PARTS + c) * BOXES + i))
+        row += PAGE_ROWS
+        row = gl.where(row == page_size, 0, row)
 
 
 @gluon.jit
@@ -13,6 +67,8 @@ def produce(
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
     VARLEN: gl.constexpr,
+    LEFT: gl.constexpr,
+    PAGE_ROWS: gl.constexpr,
 ):
     """Walk this program's tiles, each from its last block to its first."""
     (
@@ -28,12 +84,16 @@ def produce(
         mask_steps,
         total,
         group,
+        pages,
     ) = common
     q_desc, k_desc, v_desc, mask_desc = descriptors
     q_buffers, k_buffers, v_buffers, mask_buffers = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = bars
     mail, posted, taken = letters
     ROWS: gl.constexpr = q_buffers.type.shape[3]
+    HEAD_DIM: gl.constexpr = k_buffers.type.shape[4]
+    HEAD_DIM_V: gl.constexpr = v_buffers.type.shape[4]
+    SIZE: gl.constexpr = k_desc.dtype.primitive_bitwidth // 8
     programs = gl.num_programs(0)
     number = gl.program_id(0)
     turn = 0
@@ -46,7 +106,7 @@ def produce(
         if first < sq:  # a ragged batch has the tiles of its longest sequence for every one
             publish(number, turn, mail, posted, taken)
             shift = (sk - sq) * bottom_right
-            low, high, blocks = tile_blocks(first, ROWS * GROUPS, sq, sk, shift, window, BLOCK_N)
+            _, low, blocks = tile_blocks(first, ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, LEFT)
             kv_head = head // group
             for c in gl.static_range(GROUPS):
                 mbarrier.wait(q_free.index(c), (turn & 1) ^ 1)
@@ -65,6 +125,8 @@ def produce(
                 key = low + (blocks - 1 - i) * BLOCK_N
                 stage = count % STAGES
                 phase = ((count // STAGES) & 1) ^ 1
+                if PAGE_ROWS > 0:  # before the wait, which takes longer
+                    found = look_up(pages, entry, key, sk, BLOCK_N, PAGE_ROWS)
                 mbarrier.wait(k_free.index(stage), phase)
                 if MASKED:
                     mbarrier.expect(
@@ -78,15 +140,33 @@ def produce(
                             mask_buffers.index(stage * GROUPS + c),
                         )
                 else:
-                    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                tma_load(
-                    k_desc, [k_batch, kv_head, k_first + key, 0], k_full.index(stage), k_buffers.index(stage)
-                )
+                    mbarrier.expect(k_full.index(stage), BLOCK_N * HEAD_DIM * SIZE)
+                if PAGE_ROWS > 0:
+                    fetch_pages(
+                        k_desc, found, kv_head, pages[2], pages[3], k_full.index(stage), k_buffers, stage, BLOCK_N,
+                        HEAD_DIM,
+                    )  # fmt: skip
+                else:
+                    tma_load(
+                        k_desc,
+                        [k_batch, kv_head, k_first + key, 0],
+                        k_full.index(stage),
+                        k_buffers.index(stage),
+                    )
                 mbarrier.wait(v_free.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                tma_load(
-                    v_desc, [k_batch, kv_head, k_first + key, 0], v_full.index(stage), v_buffers.index(stage)
-                )
+                mbarrier.expect(v_full.index(stage), BLOCK_N * HEAD_DIM_V * SIZE)
+                if PAGE_ROWS > 0:
+                    fetch_pages(
+                        v_desc, found, kv_head, pages[2], pages[3], v_full.index(stage), v_buffers, stage, BLOCK_N,
+                        HEAD_DIM_V,
+                    )  # fmt: skip
+                else:
+                    tma_load(
+                        v_desc,
+                        [k_batch, kv_head, k_first + key, 0],
+                        v_full.index(stage),
+                        v_buffers.index(stage),
+                    )
                 count += 1
             turn += 1
         else:

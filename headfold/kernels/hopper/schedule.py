@@ -4,7 +4,8 @@ from headfold.kernels.hopper.compat import barrier, gl, gluon, mbarrier
 
 
 @gluon.constexpr_function
-def _one(warps):
+def one_each(warps):
+    """A layout of one element a lane."""
     return gl.BlockedLayout([1], [32], [warps], [0])
 
 
@@ -13,7 +14,7 @@ def publish(number, turn, mail, posted, taken):
     """Give the consumers the tile of their turn `turn`. Called by the producer; two letters may be under way."""
     slot = turn & 1
     mbarrier.wait(taken.index(slot), ((turn >> 1) & 1) ^ 1)
-    mail.index(slot).store(gl.full([1], number, gl.int32, _one(1)))
+    mail.index(slot).store(gl.full([1], number, gl.int32, one_each(1)))
     barrier()
     mbarrier.arrive(posted.index(slot), count=1)
 
@@ -23,7 +24,7 @@ def receive(turn, mail, posted, taken):
     """The tile of turn `turn`, for a consumer."""
     slot = turn & 1
     mbarrier.wait(posted.index(slot), (turn >> 1) & 1)
-    number = gl.max(mail.index(slot).load(_one(4)), 0)
+    number = gl.max(mail.index(slot).load(one_each(4)), 0)
     barrier()
     mbarrier.arrive(taken.index(slot), count=1)
     return number

@@ -2,6 +2,9 @@
 
 from headfold.kernels.hopper.compat import gl, gluon
 
+# Under a left window a tile's blocks begin at a multiple of so many keys: dense and paged calls cut keys alike.
+EDGE = gl.constexpr(16)
+
 
 @gluon.jit
 def locate(number, shape):
@@ -28,11 +31,17 @@ def row_keys(position, shift, window, sk):
 
 
 @gluon.jit
-def tile_blocks(first, rows, sq, sk, shift, window, BLOCK_N: gl.constexpr):
-    """(first key of a tile of `rows` positions from `first` on, end of its keys, its blocks, at least one)."""
-    low, _ = row_keys(first, shift, window, sk)
+def tile_blocks(first, rows, sq, sk, shift, window, BLOCK_N: gl.constexpr, LEFT: gl.constexpr):
+    """(first key that a tile of `rows` positions from `first` on sees, first key of its blocks, blocks, at least one).
+
+    Under a left window blocks begin at a multiple of 16 keys, as boxes of pages must.
+    """
+    start, _ = row_keys(first, shift, window, sk)
     _, high = row_keys(gl.minimum(first + rows, sq) - 1, shift, window, sk)
-    return low, high, gl.maximum(gl.cdiv(high - low, BLOCK_N), 1)
+    low = start
+    if LEFT:
+        low = start & -EDGE
+    return start, low, gl.maximum(gl.cdiv(high - low, BLOCK_N), 1)
 
 
 @gluon.jit
