@@ -304,13 +304,14 @@ def _plan(
     # A prefill's loop fetches such masks ahead; a decode, which waits for K and V, has no program to spare for it.
     wide_mask = p.wide_mask if kernel == "prefill" and p.wide_mask <= 2 and not rotary else 0
     paged = p.kv_layout == "paged"
-    knows_stream = not own_program(p) and (paged or ranges > 0 or p.tokens_per_split > 0)
+    # What may be streamed has no program besides for shares that the caller counts: programs are a budget.
+    streams = paged or p.lengths_on_device or ranges > 0 or p.tokens_per_split > 0
     lists, list_blocks = mask_lists(p, tile, fold) if kernel == "prefill" else ((0, 0, 0), 0)
     early = device.arch >= (9, 0)  # programmatic dependent launch
     return Plan(
         backend="triton",
         kernel=kernel,  # type: ignore[arg-type]
-        stream=kernel == "decode" and knows_stream,
+        stream=kernel == "decode" and streams and not own_program(p),
         ranges=ranges,
         even_ranges=even_ranges,
         gap=GAP if ranges else 0,
