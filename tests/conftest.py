@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -21,6 +22,10 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 # What is tested are the built-in tiles, not a table that this machine happens to have; HEADFOLD_TUNED=1 asks for it.
 os.environ.setdefault("HEADFOLD_TUNED", "0")
+# Inductor's cache of compiled graphs does not know an operator's schema: one left by another version of headfold would call
+# its operators with the arguments of then.
+_compiled = TemporaryDirectory(prefix="headfold-inductor-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
 from headfold import backends  # noqa: E402
 from headfold.planner import DEVICES, Device  # noqa: E402

@@ -131,7 +131,6 @@ def test_random_calls_equal_the_reference(capsys: pytest.CaptureFixture[str]) ->
     """Any call that passes the checks is accurate, in every row, and writes no row that is not its own."""
     drawn: Counter[str] = Counter()
 
-    @seed(SEED)
     @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
     @given(calls())
     def run(call: Call) -> None:
@@ -150,13 +149,18 @@ def test_random_calls_equal_the_reference(capsys: pytest.CaptureFixture[str]) ->
         backends.run(x, *again)
         assert torch.equal(out.nan_to_num(7), again[0].nan_to_num(7)), "the same inputs gave other bits"
 
+    rare: dict[str, int] = {}
     try:
-        run()
+        # Now and then 200 draws miss one of the ratios: then as many more are drawn, twice at most.
+        for i in range(3):
+            seed(SEED + i)(run)()
+            rare = {f: n for f in expected_features() if (n := drawn[f]) < 1}
+            if not rare or EXAMPLES < 200:
+                break
     finally:
         with capsys.disabled():
             print(f"\n{drawn['calls']} calls drawn with HEADFOLD_SEED={SEED}")
     if EXAMPLES >= 200:
-        rare = {f: n for f in expected_features() if (n := drawn[f]) < 1}
         assert not rare, f"hardly drawn: {rare}"
 
 
