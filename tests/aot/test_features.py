@@ -24,6 +24,7 @@ SPILLS = {
     "decode1-dense-bf16-d64-mask-bool": (144, 16),
     "decode1-dense-bf16-d256-mask-bool": (24, 0),
     "decode64-dense-bf16-d128-tree": (64, 0),
+    "decode64-paged-bf16-d128-tree": (120, 0),
     "decode1-dense-bf16-d192/128-softcap": (8, 0),
     "prefill-dense-bf16-d256-softcap": (288, 63),
     "prefill-dense-bf16-d128-rotary-pairs": (8, 0),
