@@ -49,7 +49,7 @@ def constants(x: AppendInputs, turned: torch.Tensor | None = None) -> dict[str, 
         "BLOCK_M": max(1, TILE // max(block_d, block_dv, 16)),
         "ALIGN": 16 // x.k.element_size() if all(is_aligned(t) for t in tensors) else 1,
         **rotary_constants(x.rotary_cos, x.rotary_sin, x.rotary_interleaved),
-        "EARLY": device_of(x.k.device).arch >= (9, 0) and not interpreter_requested(),
+        "EARLY": device_of(x.k.device).starts_early and not interpreter_requested(),
     }
 
 
@@ -89,8 +89,7 @@ def prepare(
         *((0, 0, 0) if x.q is None else _strides(x.q, x.cu_seqlens_q)),
         *((0, 0, 0) if x.q is None else _strides(turned, x.cu_seqlens_q)),
     )
-    options = {"num_warps": NUM_WARPS} | ({"launch_pdl": True} if variant["EARLY"] else {})
-    launch = Launcher(append_kernel, (tiles + q_tiles,), variant, options, x.k.device)
+    launch = Launcher(append_kernel, (tiles + q_tiles,), variant, {"num_warps": NUM_WARPS}, x.k.device)
 
     def run(x: AppendInputs, lengths: torch.Tensor, turned: torch.Tensor) -> None:
         addresses = (

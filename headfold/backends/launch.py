@@ -61,13 +61,14 @@ class Launcher:
             kernel: a jitted function that is told to specialise on no argument.
             grid: one to three numbers of programs.
             constants: the compile-time arguments, in the kernel's order, where they come last.
-            options: what Triton takes besides: num_warps, num_stages, launch_pdl ...
+            options: what Triton takes besides: num_warps, num_stages ...
             device: where the tensors are; the interpreter's are on the CPU.
         """
         self._kernel = kernel
         self._grid = grid
         self._constants = constants
-        self._options = options
+        # A kernel that waits for the one before it itself is launched while that one ends.
+        self._options = options | {"launch_pdl": True} if constants.get("EARLY") else options
         self._device = device
         self._compiled: Any = None
 

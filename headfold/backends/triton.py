@@ -103,7 +103,9 @@ def _allocate_descriptors(size: int, alignment: int, stream: int | None) -> torc
 
 def _prefill(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
     numbers = (
-        *_bounds(plan, x),
+        *_capacities(x),
+        x.batch,
+        plan.tiles_per_sequence,
         plan.fold,
         x.q.shape[-2] // x.k.shape[-2],
         *_input_strides(x),
@@ -177,10 +179,11 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     if plan.workspace:
         width, rows = -(-x.v.shape[-1] // 8) * 8, min(plan.block_m, _rows(x) * plan.fold)
         count = plan.workspace // (4 * (width + 1))
-    bounds = _bounds(plan, x)
+    capacities = _capacities(x)
     growth = (x.early_new, k_capacity(x)) if x.early_lengths is not None else (0, OPEN_SIDE)
     schedule = (
-        *bounds[2:],
+        x.batch,
+        plan.tiles_per_sequence,
         *(plan.head_units, *division(plan.head_units)),
         *(lanes, *division(lanes)),
         plan.num_splits,
@@ -192,7 +195,7 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     band = _band(x)
     chunk = x.attention_chunk or OPEN_SIDE
     order = (*schedule, *division(plan.num_splits), *cuts, _ahead(x), *extents)
-    before = (*bounds[:2], *growth, int(_reads_late(x)), *order)
+    before = (*capacities, *growth, int(_reads_late(x)), *order)
     after = (
         *fold,
         *division(x.q.shape[-2] // x.k.shape[-2]),
@@ -204,8 +207,7 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         chunk,
     )
     variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
-    early = {"launch_pdl": True} if variant["EARLY"] else {}
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages} | early
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
     ranges = plan.ranges or items * plan.num_splits
     launch = Launcher(decode_kernel, (ranges * lanes,), variant, options, x.q.device)
     feature_arguments = _feature_arguments if has_features(x) else _no_features
@@ -217,7 +219,7 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         return run_whole
 
     merge = _merge(plan, x, variant, items * lanes, rows)
-    merge_before = (*bounds[:2], *growth, *schedule, *cuts, *extents)
+    merge_before = (*capacities, *growth, *schedule, *cuts, *extents)
     merge_after = (*fold, *results, *band, chunk)
 
     def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -255,9 +257,8 @@ def _merge(plan: Plan, x: Inputs, variant: dict[str, Any], tiles: int, rows: int
         "WIDTH": width,
         "STATES": FEW_STATES if few else 4 * FEW_STATES,
     }
-    options = {"num_warps": 1 if few else 2} | ({"launch_pdl": True} if variant["EARLY"] else {})
     grid = (tiles, rows * -(-x.v.shape[-1] // width))
-    return Launcher(merge_kernel, grid, merge_variant, options, x.q.device)
+    return Launcher(merge_kernel, grid, merge_variant, {"num_warps": 1 if few else 2}, x.q.device)
 
 
 def _rows(x: Inputs) -> int:
@@ -284,14 +285,12 @@ def _tensors(
     )
 
 
-def _bounds(plan: Plan, x: Inputs) -> tuple[int, ...]:
-    """`sq_capacity` to `tiles_per_sequence`."""
+def _capacities(x: Inputs) -> tuple[int, int]:
+    """`sq_capacity` and `sk_capacity`."""
     ragged_k = x.cu_seqlens_k is not None or x.page_table is not None
     return (
         0 if x.cu_seqlens_q is not None else x.q.shape[1],
         0 if ragged_k else x.k.shape[1],
-        x.batch,
-        plan.tiles_per_sequence,
     )
 
 

@@ -260,14 +260,11 @@ def decode_kernel(
                     if ahead > 0:
                         at = key_low + begin * BLOCK_N
                         wanted = tl.minimum(end - begin, ahead)
+                        last = tl.maximum(key_high - 1, 0)  # a tile may see no key
                         k_at = K + (seq * k_stride_b + kv_head * k_stride_h) * SIZE
-                        prefetch_rows(
-                            k_at, k_stride_s * SIZE, at, wanted, key_high - 1, BLOCK_N, HEAD_DIM * SIZE
-                        )
+                        prefetch_rows(k_at, k_stride_s * SIZE, at, wanted, last, BLOCK_N, HEAD_DIM * SIZE)
                         v_at = V + (seq * v_stride_b + kv_head * v_stride_h) * SIZE
-                        prefetch_rows(
-                            v_at, v_stride_s * SIZE, at, wanted, key_high - 1, BLOCK_N, HEAD_DIM_V * SIZE
-                        )
+                        prefetch_rows(v_at, v_stride_s * SIZE, at, wanted, last, BLOCK_N, HEAD_DIM_V * SIZE)
                 tl.extra.cuda.gdc_wait()
             cache_row = seq
             angle = 0

@@ -34,6 +34,11 @@ class Device:
         check_entries(self.tiles)
 
     @property
+    def starts_early(self) -> bool:
+        """True where a kernel can be launched while the one before it ends: programmatic dependent launch."""
+        return self.arch >= (9, 0)
+
+    @property
     def is_cpu(self) -> bool:
         """True for the CPU backend's device."""
         return self.arch == (0, 0)

@@ -307,7 +307,6 @@ def _plan(
     # What may be streamed has no program besides for shares that the caller counts: programs are a budget.
     streams = paged or p.lengths_on_device or ranges > 0 or p.tokens_per_split > 0
     lists, list_blocks = mask_lists(p, tile, fold) if kernel == "prefill" else ((0, 0, 0), 0)
-    early = device.arch >= (9, 0)  # programmatic dependent launch
     return Plan(
         backend="triton",
         kernel=kernel,  # type: ignore[arg-type]
@@ -317,7 +316,7 @@ def _plan(
         gap=GAP if ranges else 0,
         extent=p.tokens_per_split,
         resident=tile.resident,
-        early=early and kernel == "decode",
+        early=device.starts_early and kernel == "decode",
         fold=fold,
         block_m=tile.rows,
         block_n=tile.keys,
