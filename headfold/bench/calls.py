@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from headfold.bench.cases import Case
 from headfold.bench.features import ALL
 from headfold.bench.inputs import CaseInputs
 from headfold.bench.measure import Call
-from headfold.bench.names import OWN
+from headfold.bench.names import APPENDED, OWN
 from headfold.bench.peers import Implementation, Prepare, register
 
 
-def _headfold(pack_gqa: bool | None = None, shared: bool = True) -> Prepare:
+def _headfold(pack_gqa: bool | None = None, shared: bool = True, appends: bool = True) -> Prepare:
     def prepare(case: Case, x: CaseInputs) -> Call:
         import headfold
 
@@ -26,6 +28,14 @@ def _headfold(pack_gqa: bool | None = None, shared: bool = True) -> Prepare:
             "tokens_per_split": f.tokens_per_split or None,
             "pack_gqa": pack_gqa,
         }
+
+        # Queries that are turned already, as an append with angles leaves them.
+        turned = x.q if appends else torch.stack([x.turned(one) for one in x.q])
+
+        def appended(i: int) -> Any:
+            return headfold.flash_attn_with_kvcache(
+                turned, x.k[i], x.v[i], cache_seqlens=x.lengths, **options
+            )
 
         def cached(i: int) -> Any:
             return headfold.flash_attn_with_kvcache(
@@ -57,6 +67,8 @@ def _headfold(pack_gqa: bool | None = None, shared: bool = True) -> Prepare:
         def dense(i: int) -> Any:
             return headfold.flash_attn_func(x.q, x.k[i], x.v[i], **options)
 
+        if not appends:
+            return appended
         if case.reads_a_cache:
             return cached
         return ragged if case.is_ragged else masked if f.mask else dense
@@ -89,5 +101,16 @@ register(
         _headfold(shared=False),
         applies=lambda case, device_type: case.shared > 0,
         by_default=lambda device_type: device_type == "cuda",
+    )
+)
+register(
+    Implementation(
+        APPENDED,
+        "this library's attention after an append: what the rest of a step that appends takes",
+        _headfold(appends=False),
+        applies=lambda case, device_type: case.features.append,
+        by_default=lambda device_type: device_type == "cuda",
+        features=frozenset({"cache", "append", "rotary"}),
+        appends=False,
     )
 )

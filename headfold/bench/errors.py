@@ -27,8 +27,10 @@ class WrongOutput(Exception):
         self.error = error
 
 
-def error_of(call: Call, inputs: CaseInputs) -> float:
+def error_of(call: Call, inputs: CaseInputs, appends: bool = True) -> float:
     """Run a call on the first copy, and return its `max_error`.
+
+    With `appends` False the call finds the tokens in the cache that others append.
 
     Raises:
         WrongOutput: as `max_error` does; what the call leaves unwritten is NaN.
@@ -38,7 +40,10 @@ def error_of(call: Call, inputs: CaseInputs) -> float:
     shape = (case.batch, case.sq, case.heads, case.dv)
     poison = torch.full(shape, float("nan"), dtype=case.torch_dtype, device=inputs.device)
     del poison
-    inputs.forget_new_tokens()
+    if appends:
+        inputs.forget_new_tokens()
+    else:
+        inputs.write_new_tokens()
     return max_error(inputs, call(0))
 
 

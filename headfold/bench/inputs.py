@@ -55,10 +55,9 @@ class CaseInputs:
         """The first copy as the reference takes it, with the new tokens of an append in their places."""
         ragged, f, extra = self.cu_seqlens_k is not None, self.case.features, self.extra
         k, v = self.k[0], self.v[0]
-        if extra.k_new is not None and extra.v_new is not None:
+        if extra.k_new is not None:
             k, v = k.clone(), v.clone()
-            k[:, -self.case.sq :] = torch.stack([self.turned(new) for new in extra.k_new])
-            v[:, -self.case.sq :] = extra.v_new
+            self._write(k, v)
         mask = extra.mask
         if mask is not None:
             mask = mask.expand(self.case.batch, self.case.heads, -1, -1)
@@ -89,6 +88,15 @@ class CaseInputs:
             return tokens
         at = torch.arange(self.case.sk - self.case.sq, self.case.sk, device=self.device)
         return reference.rotate(tokens, self.extra.cos, self.extra.sin, at, interleaved=False)
+
+    def write_new_tokens(self) -> None:
+        """Put the tokens that an append of the first copy writes where it writes them."""
+        self._write(self.k[0], self.v[0])
+
+    def _write(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        if self.extra.k_new is not None and self.extra.v_new is not None:
+            k[:, -self.case.sq :] = torch.stack([self.turned(new) for new in self.extra.k_new])
+            v[:, -self.case.sq :] = self.extra.v_new
 
     def forget_new_tokens(self) -> None:
         """Put NaN where an append of the first copy writes: what is not written there is then seen."""

@@ -1,5 +1,7 @@
 """Names of implementations that mean something by themselves."""
 
 OWN = "headfold"
+# Its attention alone, over a cache to which the tokens were appended before.
+APPENDED = "headfold-appended"
 # Implementations whose names begin so are PyTorch's own ways: the fastest of them is "PyTorch's best".
 TORCH_PREFIX = "torch-"

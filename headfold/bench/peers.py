@@ -33,7 +33,8 @@ class Implementation:
 
     `applies` tells whether it says anything about a case on a device type; where not, it has no row at all.
     `by_default` implementations run without being asked for. Names that begin with "torch-" are PyTorch's own
-    ways. `features` names those that it can compute: a case with any other has no row of it.
+    ways. `features` names those that it can compute: a case with any other has no row of it. One that does not append
+    is given caches that hold the new tokens already.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Implementation:
     available: Callable[[], str | None] = lambda: None
     by_default: Callable[[str], bool] = lambda device_type: False
     features: frozenset[str] = frozenset()
+    appends: bool = True
 
     def runs(self, case: Case, device_type: str) -> bool:
         """True when it has something to say about a case on a device type."""

@@ -146,10 +146,14 @@ def feature_table(result: Result) -> Table:
         us, base_us = pair[0].median_us, pair[1].median_us
         sign = "-" if us < base_us else "+"
         t.add_row(
-            *(case, _time(us), pair[1].case, _time(base_us), f"{us / base_us:.3f}"),
+            *(case, _time(us), _plain_name(case, pair[1]), _time(base_us), f"{us / base_us:.3f}"),
             f"{sign}{_time(abs(us - base_us))}",
         )
     return t
+
+
+def _plain_name(case: str, plain: Row) -> str:
+    return plain.case if plain.case != case else f"itself, {plain.implementation}"
 
 
 def show_predictions(found: Sequence[Prediction], out: Console) -> None:

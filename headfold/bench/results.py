@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from headfold.bench.names import OWN, TORCH_PREFIX
+from headfold.bench.names import APPENDED, OWN, TORCH_PREFIX
 
 SCHEMA = 1
 
@@ -85,7 +85,11 @@ class Result:
 
     def own(self, case: str) -> Row | None:
         """headfold's row of a case, if it has a time."""
-        return next((r for r in self.of_case(case) if r.implementation == OWN and r.median_us), None)
+        return self._timed(case, OWN)
+
+    def _timed(self, case: str, implementation: str) -> Row | None:
+        rows = (r for r in self.of_case(case) if r.implementation == implementation)
+        return next((r for r in rows if r.median_us), None)
 
     def own_failures(self) -> list[Row]:
         """headfold's rows without a time, but for cases that memory could not hold."""
@@ -119,10 +123,14 @@ class Result:
         return math.exp(statistics.fmean(map(math.log, ratios))), sum(r >= 1 for r in ratios), len(ratios)
 
     def beside_base(self, case: str) -> tuple[Row, Row] | None:
-        """headfold's rows of a case with features and of the plain case it is compared with, if both have times."""
+        """headfold's rows of a case with features and of the plain case it is compared with, if both have times.
+
+        A case that appends is compared with its own attention where that was timed: in turn with it, on the same tensors.
+        """
         base = self.cases[case].get("base")
-        rows = self.own(case), None if base is None else self.own(base)
-        return None if rows[0] is None or rows[1] is None else (rows[0], rows[1])
+        plain = self._timed(case, APPENDED) or (None if base is None else self.own(base))
+        own = self.own(case)
+        return None if own is None or plain is None else (own, plain)
 
     def speedup(self, row: Row) -> float | None:
         """PyTorch's best time over the row's, or None where one of them is missing."""

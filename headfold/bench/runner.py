@@ -75,7 +75,7 @@ class Runner:
             self.progress(f"checking {name}")
             try:
                 call = self._prepared(implementation, case, inputs)
-                errors[name] = error_of(call, inputs)
+                errors[name] = error_of(call, inputs, implementation.appends)
                 calls[name] = call
             except WrongOutput as e:
                 failures[name] = _failed(case, name, str(e), e.error)

@@ -12,9 +12,10 @@ from headfold.bench import peers, session
 from headfold.bench.calls import HEADFOLD
 from headfold.bench.cases import Case
 from headfold.bench.catalogue import catalogue
-from headfold.bench.errors import WrongOutput, max_error
+from headfold.bench.errors import WrongOutput, error_of, max_error
 from headfold.bench.features import ALL, Features
 from headfold.bench.inputs import CaseInputs, make_inputs
+from headfold.bench.names import APPENDED
 from headfold.bench.report import console, feature_table, show
 from headfold.bench.results import Result
 from tests.bench.tiny import TINY, TINY_FEATURES
@@ -120,6 +121,20 @@ def test_a_cache_that_was_not_written_is_noticed() -> None:
     x.forget_new_tokens()
     with pytest.raises(WrongOutput, match="the cache does not hold the new k"):
         max_error(x, out)
+
+
+@pytest.mark.parametrize("name", ["tiny-append", "tiny-append-rotary"])
+def test_attention_after_an_append_is_timed_beside_it(name: str) -> None:
+    x = make_inputs(NAMED[name], CPU, copies=1)
+    assert not peers.REGISTRY[APPENDED].runs(TINY[0], "cuda")
+    alone, whole = (peers.REGISTRY[n].prepare(x.case, x) for n in (APPENDED, "headfold"))
+    assert not isinstance(alone, peers.Unsupported)
+    assert not isinstance(whole, peers.Unsupported)
+    error_of(alone, x, appends=False)
+    with pytest.raises(WrongOutput, match="NaN"):
+        error_of(alone, x)
+    written = whole(0)
+    torch.testing.assert_close(alone(0), written)
 
 
 def test_lengths_stay_when_a_row_appends() -> None:

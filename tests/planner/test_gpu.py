@@ -31,6 +31,7 @@ from headfold.planner.gpu import (
     choose_ranges,
     choose_splits,
     count_tiles,
+    fixed_extent,
     span_blocks,
     tma_possible,
 )
@@ -450,14 +451,24 @@ def test_fixed_splits_depend_on_the_sequence_alone(
     if plan.kernel == "none":
         return
     assert plan.kernel == "decode"
-    assert (plan.num_splits - 1) * size < p.max_seqlen_k <= plan.num_splits * size
-    assert any("as tokens_per_split asks" in r for r in plan.reasons)
+    assert plan.extent <= size
+    assert size % plan.extent == 0, "splits end at multiples of what was asked for too"
+    assert (plan.num_splits - 1) * plan.extent < p.max_seqlen_k <= plan.num_splits * plan.extent
+    assert any(f"as tokens_per_split={size} asks" in r for r in plan.reasons)
     # Another batch, with other lengths, and another caller's wish for splits.
     total = batch * sq if p.q_layout == "dense" else batch + sq
     change = {"batch": batch, "max_seqlen_q": sq, "max_seqlen_k": sk, "total_q": total, "total_k": batch * sk}
     other = make_plan(replace(p, **change, num_splits=3, sm_margin=0), device)
-    for tile in ("kernel", "fold", "block_m", "block_n", "num_warps", "num_stages", "use_tma"):
+    for tile in ("kernel", "extent", "fold", "block_m", "block_n", "num_warps", "num_stages", "use_tma"):
         assert getattr(other, tile) == getattr(plan, tile), tile
+
+
+@pytest.mark.parametrize(
+    ("asked", "extent"),
+    [(1, 1), (2048, 2048), (4096, 2048), (8192, 2048), (5000, 5000), (2**30, 2048), (3 * 1024, 1536)],
+)
+def test_long_fixed_extents_are_halved_while_they_stay_whole_blocks(asked: int, extent: int) -> None:
+    assert fixed_extent(asked) == extent
 
 
 # ---- ragged batches
