@@ -15,6 +15,7 @@ import torch
 
 from headfold import backends, prepared
 from headfold.backends.cpu_append import append_on_cpu, rotated_queries
+from headfold.kept_calls import Step, note
 from headfold.problem import DTYPES, MAX_HEAD_DIM, MAX_SEQLEN
 from headfold.values import value_checks_enabled
 
@@ -321,7 +322,9 @@ def _append(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         check_values(x)
     if run is None:
         run = prepared.keep(facts, _prepare(x))
-    return run(x)
+    results = run(x)
+    note(Step(x, results, run))
+    return results
 
 
 def _prepare(x: AppendInputs) -> Callable[[AppendInputs], tuple[torch.Tensor, torch.Tensor]]:

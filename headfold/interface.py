@@ -21,6 +21,7 @@ from headfold.arguments import (
     run,
 )
 from headfold.interface_kvcache import flash_attn_with_kvcache, get_scheduler_metadata
+from headfold.kept_calls import kept
 
 __all__ = [
     "flash_attn_combine",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 
+@kept
 def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -111,6 +113,7 @@ def flash_attn_func(
     )
 
 
+@kept
 def flash_attn_varlen_func(
     q: torch.Tensor,
     k: torch.Tensor,

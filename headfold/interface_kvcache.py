@@ -25,10 +25,12 @@ from headfold.arguments import (
     run,
 )
 from headfold.backends import device_of
+from headfold.kept_calls import VALUES, kept
 from headfold.planner import make_plan
 from headfold.problem import DTYPES, MAX_GROUP, MAX_HEAD_DIM, MAX_SEQLEN, MAX_SPLITS, Problem
 
 
+@kept
 def flash_attn_with_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -340,6 +342,10 @@ def get_scheduler_metadata(
     # A list that is cut on the device has no number of splits to fix ahead; 0 leaves a call to the same plan.
     fixed = plan.kernel == "decode" and not plan.ranges
     return SchedulerMetadata(problem, plan.num_splits if fixed else 0)
+
+
+# What a call does with it depends on what it is equal to.
+VALUES.add(SchedulerMetadata)
 
 
 def _splits_of(metadata: Any, num_splits: int) -> int:

@@ -6,12 +6,15 @@ headfold::combine_out do the same for the merge of states. Both names of an oper
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from headfold import backends, prepared
+from headfold.backends import Runner
 from headfold.features import check_features
+from headfold.kept_calls import Step, note
 from headfold.merge import check_combine, combine_shapes, run_combine
 from headfold.problem import Inputs, check, check_out
 from headfold.values import check_values, value_checks_enabled
@@ -57,11 +60,25 @@ def _attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         check_inputs(x)
     if value_checks_enabled():
         check_values(x)
-    out, lse = empty_results(x)
     if run is None:
-        run = prepared.keep(facts, backends.prepare(x, out, lse))
-    run(x, out, lse)
-    return out, lse
+        run = prepared.keep(facts, _whole(x))
+    results: tuple[torch.Tensor, torch.Tensor] = run(x)
+    note(Step(x, results, run, lse=True))
+    return results
+
+
+def _whole(x: Inputs) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """What computes checked inputs, and all that look like them, into new results; the LSE only where it is wanted."""
+    launch = backends.prepare(x, *empty_results(x))
+    out_shape, lse_shape = x.out_shape, x.lse_shape
+
+    def run(x: Inputs, want_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out = x.q.new_empty(out_shape)
+        lse = x.q.new_empty(lse_shape, dtype=torch.float32) if want_lse else None
+        launch(x, out, lse)
+        return out, lse
+
+    return run
 
 
 def _attention_fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,8 +93,11 @@ def check_results(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
     check_out(x, "lse", lse, x.lse_shape, torch.float32)
 
 
-def attend(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Check inputs and results unless a call that looks the same was checked before, and compute attention into them."""
+def attend(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
+    """Check inputs and results unless a call that looks the same was checked before, and compute attention into them.
+
+    Returns what did it.
+    """
     facts = prepared.facts_of(x, out, lse)
     run = prepared.find(facts)
     if run is None:
@@ -88,10 +108,19 @@ def attend(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
     if run is None:
         run = prepared.keep(facts, backends.prepare(x, out, lse))
     run(x, out, lse)
+    return run
 
 
 def _attention_out(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:
-    attend(Inputs(*args, **kwargs), out, lse)
+    x = Inputs(*args, **kwargs)
+    launch, lse_shape = attend(x, out, lse), lse.shape
+
+    def again(x: Inputs, want_lse: bool, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        lse = x.q.new_empty(lse_shape, dtype=torch.float32) if want_lse else None
+        launch(x, out, lse)
+        return out, lse
+
+    note(Step(x, (out, lse), again, into=out, lse=True))
 
 
 def _attention_out_fake(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from headfold import backends, prepared
+from headfold.kept_calls import note
 from headfold.merge import run_combine
 from headfold.ops import ARGS, attend, check_inputs, check_results, empty_results
 from headfold.planner.sharing import sharing_pays
@@ -317,6 +318,7 @@ def _groups(prefix_lengths: Sequence[int], group_sizes: Sequence[int] | None) ->
 def _attend_shared(
     x: Inputs, groups: Groups, results: tuple[torch.Tensor, torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    note(None)  # several launches, and tensors of its own
     facts = (prepared.facts_of(x, *(results or ())), groups, _forced)
     known = facts in _kept
     if not known:

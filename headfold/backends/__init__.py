@@ -15,6 +15,9 @@ import torch
 from headfold.planner import Device, Plan, make_plan, running_device
 from headfold.problem import Inputs, Problem, problem_of
 
+# What runs a plan: inputs, output and LSE, both of which it writes in full; None for an LSE that nobody asks for.
+Runner = Callable[[Inputs, torch.Tensor, torch.Tensor | None], None]
+
 _forced: Device | None = None
 
 
@@ -45,9 +48,7 @@ def forced() -> Device | None:
     return _forced
 
 
-def prepare(
-    x: Inputs, out: torch.Tensor, lse: torch.Tensor
-) -> Callable[[Inputs, torch.Tensor, torch.Tensor], None]:
+def prepare(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
     """Plan checked inputs and where their results go; returns what runs them, and any call that looks the same."""
     _, plan = plan_of(x, out)
     if plan.kernel == "none":
@@ -63,9 +64,11 @@ def prepare(
     return partial(run_plan, plan)
 
 
-def _nothing(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+def _nothing(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
     """No query, or no key: 0, and what the softmax is without keys."""
     out.zero_()
+    if lse is None:
+        return
     if x.sink is None:
         lse.fill_(float("-inf"))
     else:  # the sink is all there is in the softmax

@@ -25,15 +25,17 @@ from headfold.planner.plan import Plan
 from headfold.problem import Inputs
 
 
-def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Compute attention of checked inputs into `out` and `lse`.
 
     Args:
         plan: a plan of the CPU backend for the problem of x; its kernel is "decode" or "prefill".
         x: checked inputs; shapes as `Inputs` says.
         out: x.out_shape in the dtype of q, any strides whose last one is 1; its content is overwritten.
-        lse: x.lse_shape in float32, any strides; the natural logarithm of the sum of exponentials.
+        lse: x.lse_shape in float32, any strides; the natural logarithm of the sum of exponentials. None
+            where nobody asks for it.
     """
+    lse = x.empty_lse() if lse is None else lse
     form = cpu_blocks.attend if cpu_blocks.needs_blocks(x) else _plain
     for s in sequences(plan, x, out, lse):
         form(plan, x, s, Band.of(x, s.q.shape[1], s.sk))

@@ -31,8 +31,9 @@ _pairs: dict[int, torch.Tensor] = {}
 _captured: dict[int, int] = {}
 
 
-def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Launch what the plan says. `out` (x.out_shape) and `lse` (x.lse_shape, float32) are written in full."""
+    lse = x.empty_lse() if lse is None else lse
     arguments, variant = launch_arguments(plan, x, out, lse)
     if compiling():  # where no stream is, and so no counter
         zeros = x.q.new_empty(2, dtype=torch.int32)

@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from headfold.backends import Runner
 from headfold.backends.launch import Launcher
+from headfold.backends.workspace import workspace
 from headfold.kernels.decode import decode_kernel
 from headfold.kernels.fixup import fixup_kernel
 from headfold.kernels.mask_blocks import mask_blocks_kernel
@@ -38,9 +40,6 @@ AHEAD = 1
 # registers hold.
 MASK_KEYS = {1: 512, 2: 256, 4: 256}
 NO_FEATURES = (0,) * 26
-
-
-Runner = Callable[[Inputs, torch.Tensor, torch.Tensor], None]
 
 
 def prepare(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
@@ -125,12 +124,13 @@ def _prefill(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Run
     feature_arguments = _feature_arguments if has_features(x) else _no_features
     live_blocks = _no_lists if x.mask is None else _live_blocks(plan, x, x.mask)
 
-    def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+    def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        lse = x.empty_lse() if lse is None else lse
         if plan.use_tma:
             triton.set_allocator(_allocate_descriptors)
         lists = live_blocks(x)
         steps = (0, 0, 0) if lists is None else _steps(lists)
-        launch((*_tensors(x, out, lse), *numbers, *feature_arguments(x), address(lists), *steps))
+        launch((*_tensors(x, out, lse.data_ptr()), *numbers, *feature_arguments(x), address(lists), *steps))
 
     return run
 
@@ -206,6 +206,7 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         *_scales(x),
         chunk,
     )
+    unwanted = lse.numel()  # floats where an LSE goes that nobody asked for
     variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
     ranges = plan.ranges or items * plan.num_splits
@@ -213,8 +214,10 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     feature_arguments = _feature_arguments if has_features(x) else _no_features
     if not plan.workspace:
 
-        def run_whole(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
-            launch((*_tensors(x, out, lse, x.early_lengths), *before, 0, 0, *after, *feature_arguments(x)))
+        def run_whole(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+            lse = workspace(x.q, unwanted) if lse is None else lse
+            tensors = _tensors(x, out, lse.data_ptr(), x.early_lengths)
+            launch((*tensors, *before, 0, 0, *after, *feature_arguments(x)))
 
         return run_whole
 
@@ -222,11 +225,14 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     merge_before = (*capacities, *growth, *schedule, *cuts, *extents)
     merge_after = (*fold, *results, *band, chunk)
 
-    def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
-        workspace = x.q.new_empty(count * (width + 1), dtype=torch.float32)
-        states = workspace.data_ptr()
+    size = count * (width + 1)
+
+    def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        memory = workspace(x.q, size if lse is not None else size + unwanted)
+        states = memory.data_ptr()
         state_lses = states + 4 * count * width
-        tensors = _tensors(x, out, lse, x.early_lengths)
+        lse_at = states + 4 * size if lse is None else lse.data_ptr()
+        tensors = _tensors(x, out, lse_at, x.early_lengths)
         launch((*tensors, *before, states, state_lses, *after, *feature_arguments(x)))
         leftpad = address(x.cache_leftpad)
         merge((*tensors[3:9], leftpad, *merge_before, states, state_lses, *merge_after))
@@ -267,16 +273,14 @@ def _rows(x: Inputs) -> int:
     return capacity if x.max_seqlen_q is None else min(x.max_seqlen_q, capacity)
 
 
-def _tensors(
-    x: Inputs, out: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor | None = None
-) -> tuple[int, ...]:
-    """`Q` to `page_table` of the kernels, with `lengths` in the place of seqused_k."""
+def _tensors(x: Inputs, out: torch.Tensor, lse: int, lengths: torch.Tensor | None = None) -> tuple[int, ...]:
+    """`Q` to `page_table` of the kernels, with the LSE at address `lse` and `lengths` in the place of seqused_k."""
     return (
         x.q.data_ptr(),
         x.k.data_ptr(),
         x.v.data_ptr(),
         out.data_ptr(),
-        lse.data_ptr(),
+        lse,
         address(x.cu_seqlens_q),
         address(x.cu_seqlens_k),
         address(x.seqused_q),
