@@ -71,9 +71,10 @@ def _whole(x: Inputs) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     """What computes checked inputs, and all that look like them, into new results; the LSE only where it is wanted."""
     launch = backends.prepare(x, *empty_results(x))
     out_shape, lse_shape = x.out_shape, x.lse_shape
+    like_q = out_shape == tuple(x.q.shape) and x.q.is_contiguous()  # 0.5 us less to ask for
 
     def run(x: Inputs, want_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-        out = x.q.new_empty(out_shape)
+        out = torch.empty_like(x.q) if like_q else x.q.new_empty(out_shape)
         lse = x.q.new_empty(lse_shape, dtype=torch.float32) if want_lse else None
         launch(x, out, lse)
         return out, lse

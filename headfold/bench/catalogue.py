@@ -143,6 +143,11 @@ def _prefill(m: Heads, batch: int, sq: int, causal: bool, sk: int | None = None)
     return Case(name, "prefill", m.heads, m.kv_heads, m.d, m.d, batch, sq, sk or sq, causal=causal)
 
 
+def _paged_prefill(m: Heads, batch: int, sq: int, page_size: int) -> Case:
+    plain = _prefill(m, batch, sq, True)
+    return replace(plain, name=f"{plain.name}-paged{page_size}", page_size=page_size)
+
+
 def _with(base: Case, name: str, features: Features, **changes: object) -> Case:
     """A case that adds features to another, and may see a longer context than it."""
     return replace(base, name=name, features=features, base=base.name, **changes)  # type: ignore[arg-type]
@@ -217,6 +222,7 @@ def _cuda() -> tuple[Case, ...]:
         _prefill(LLAMA_8B, 4, 8192, True),
         _prefill(LLAMA_8B, 4, 512, True, 16384),
     ]
+    prefill += [_paged_prefill(LLAMA_8B, 4, 8192, size) for size in (1, 8, 16, 64, 128, 256)]
     return tuple(decode + paged + ragged + speculative + prefill)
 
 

@@ -63,7 +63,7 @@ def _flash_attn_3(case: Case, x: CaseInputs) -> Call:
                 x.q_rows, x.k[i], x.v[i], x.cu_seqlens_q, x.cu_seqlens_k, case.sq, case.sk, **options
             )
         ).view(_shape(case))
-    if case.kind == "prefill":
+    if case.kind == "prefill" and not case.is_paged:
         return lambda i: _first(fa3.flash_attn_func(x.q, x.k[i], x.v[i], **options))
     before = x.lengths if extra.before is None else extra.before
     metadata = fa3.get_scheduler_metadata(
@@ -213,6 +213,8 @@ def _flash_attn_4(case: Case, x: CaseInputs) -> Call:
 
 def _flashinfer(case: Case, x: CaseInputs) -> Call | Unsupported:
     if case.kind == "prefill":
+        if case.is_paged:
+            return Unsupported("its prefill wrapper here takes dense keys")
         return _flashinfer_prefill(case, x)
     if case.sq > 1:
         return Unsupported("its decode wrapper takes one query a sequence")
