@@ -64,7 +64,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[])
     )
     state.hooks = hooks
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: state.current)
+    monkeypatch.setattr(door, "_current_device", lambda: state.current)
     monkeypatch.setattr(torch.cuda, "device", Visit)
     monkeypatch.setattr(door, "driver", SimpleNamespace(active=stream))
     monkeypatch.setattr(door, "knobs", SimpleNamespace(runtime=hooks))

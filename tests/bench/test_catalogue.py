@@ -181,6 +181,7 @@ def test_headfold_alone_is_told_what_is_shared(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(headfold, "flash_attn_with_kvcache", record)
     cases = {c.name: c for c in TINY}
+    peers.chosen((), "cpu")  # registers them
     for name in ("tiny-prefix", "tiny-paged"):
         case = cases[name]
         for way in ("headfold", "headfold-unshared"):
