@@ -132,6 +132,9 @@ def calls_of(model: Model) -> Iterator[Inputs]:
         bounds: dict[str, Any] = {"cu_seqlens_q": offsets, "max_seqlen_q": sq}
         yield Inputs(packed, k_packed, v_packed, cu_seqlens_k=offsets, max_seqlen_k=sk, **bounds, **plain)
         yield Inputs(packed, k_pages, v_pages, seqused_k=lengths, page_table=table, **bounds, **plain)
+        if batch > 1 and sq > 1:  # decodes beside one prompt
+            packed = _meta(batch + sq, heads, d, dtype=dtype)
+            yield Inputs(packed, k_pages, v_pages, seqused_k=lengths, page_table=table, **bounds, **plain)
 
 
 def appends_of(model: Model) -> Iterator[AppendInputs]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -51,8 +52,19 @@ def forced() -> Device | None:
 def prepare(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
     """Plan checked inputs and where their results go; returns what runs them, and any call that looks the same."""
     _, plan = plan_of(x, out)
+    return _prepare(plan, x, out, lse)
+
+
+def _prepare(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
     if plan.kernel == "none":
         return _nothing
+    if plan.short is not None:
+        from headfold.backends import mixed
+
+        rows = x.q.new_empty((x.batch,), dtype=torch.int32)
+        short = _prepare(plan.short, mixed.short_part(x, plan.short_queries, rows), out, lse)
+        long = _prepare(replace(plan, short=None), replace(x, seqused_q=rows), out, lse)
+        return mixed.prepare(plan.short_queries, short, long, x)
     if plan.backend == "triton":
         from headfold.backends.triton import prepare as prepare_plan
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from headfold.planner.device import Device
 from headfold.planner.hopper import plan_hopper
+from headfold.planner.mixed import short_queries
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import Form, Tile, decode_tile, padded, prefill_tile, shared_memory, split_dim
 from headfold.planner.work import key_span
@@ -46,7 +47,7 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
     if rows > DECODE_ROWS and p.num_splits < 2 and not p.tokens_per_split:
         whole = prefill_plan(p, device, fold, reasons)
         if whole is not None:
-            return whole
+            return with_short_sequences(whole, p, device, fold)
     # A sequence whose splits are fixed must not get another tile for what else is in its batch.
     tile_rows = fold if p.tokens_per_split else rows
     form, why = decode_form(p, device, fold, tile_rows)
@@ -81,6 +82,19 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
             f"the list of {p.batch} sequences is cut on the device into {ranges[0]} ranges of equal cost, {lanes} programs each"
         )
     return _plan(p, device, "decode", tile, fold, splits, reasons, ranges)
+
+
+def with_short_sequences(whole: Plan, p: Problem, device: Device, fold: int) -> Plan:
+    """The plan of a prefill, and in a mixed batch of the decodes beside it."""
+    queries = short_queries(p, fold)
+    if not queries:
+        return whole
+    short = plan_gpu(
+        replace(p, max_seqlen_q=queries, total_q=min(p.total_q, p.batch * queries), lengths_on_device=True),
+        device,
+    )
+    mixed = "the average sequence is far shorter than the longest: short ones run apart, as a decode"
+    return replace(whole, short=short, short_queries=queries, reasons=(*whole.reasons, mixed))
 
 
 def prefill_plan(p: Problem, device: Device, fold: int, reasons: list[str]) -> Plan | None:

@@ -29,6 +29,8 @@ class Plan:
     and 0 where no kernel makes them, `mask_list_blocks` the blocks that each may hold.
     `workers` programs of a persistent kernel share the tiles (0: a program each); `section` heads at a time have
     their K and V in the L2 cache; where it fetches pages, `page_rows` keys come in one box from one of them (0: no pages).
+    `short` is set for a mixed batch: the plan of its sequences of up to `short_queries` queries, which runs first, and
+    this plan leaves those sequences out.
     How the CPU backend reads a Plan is said in `backends/cpu.py`.
     """
 
@@ -69,6 +71,8 @@ class Plan:
     section: int = 0
     shared_memory: int = 0
     reasons: tuple[str, ...] = ()
+    short_queries: int = 0
+    short: Plan | None = None
 
     @property
     def programs(self) -> int:
@@ -107,6 +111,12 @@ class Plan:
         lines.append(f"Runs on {device.name} as the {self.backend} {self.kernel} kernel.")
         lines += [f"  {reason}" for reason in self.reasons]
         lines += [f"  {line}" for line in self._work_lines(problem, device)]
+        if self.short is not None:
+            lines.append(
+                f"Sequences of up to {self.short_queries} queries run before, as the {self.short.backend} "
+                f"{self.short.kernel} kernel."
+            )
+            lines += [f"  {reason}" for reason in self.short.reasons]
         return "\n".join(lines)
 
     def _work_lines(self, p: Problem, device: Device) -> list[str]:

@@ -1,0 +1,60 @@
+"""Mixed batches: when short sequences run apart, and how."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from headfold.planner import DEVICES, Plan, make_plan
+from headfold.planner.mixed import SKEW
+from tests.planner.problems import problem
+
+H200 = DEVICES["h200"]
+# 8 chunks of 512 and 120 decodes over 8192 keys.
+SERVED: dict[str, Any] = {
+    "batch": 128,
+    "sq": 512,
+    "total_q": 8 * 512 + 120,
+    "q_layout": "ragged",
+    "kv_layout": "paged",
+    "page_size": 16,
+    "lengths_on_device": True,
+    "window_right": 0,
+}
+
+
+def plan(**change: Any) -> Plan:
+    return make_plan(problem(**SERVED | change), H200)
+
+
+def test_decodes_beside_chunks_run_as_a_decode() -> None:
+    mixed = plan()
+    assert mixed.kernel == "prefill"
+    assert mixed.short is not None
+    assert (mixed.short.kernel, mixed.short.block_m, mixed.short.stream) == ("decode", 16, True)
+    assert mixed.short_queries == 4
+    assert mixed.short.short is None
+    text = mixed.explain(problem(**SERVED), H200)
+    assert "Sequences of up to 4 queries run before, as the triton decode kernel" in text
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(8, 16), (32, 4), (96, 1), (256, 1)])
+def test_short_sequences_fill_the_lowest_tile_at_most(heads: int, queries: int) -> None:
+    assert plan(heads=heads).short_queries == queries
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"total_q": 128 * 512 // SKEW + 1},
+        {"q_layout": "dense", "total_q": 128 * 512},
+        {"sk": 64, "sq": 64, "total_q": 128},
+        {"sq": 1, "total_q": 128},
+        {"tokens_per_split": 512},
+        {"num_splits": 4},
+    ],
+    ids=["even lengths", "one length", "few bytes", "decodes alone", "fixed splits", "forced splits"],
+)
+def test_other_batches_are_not_mixed(change: dict[str, Any]) -> None:
+    assert plan(**change).short is None
