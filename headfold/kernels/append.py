@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from headfold.kernels.parts.address import aligned, load_index, pointer
+from headfold.kernels.parts.address import aligned, load_index, load_kept, pointer
 from headfold.kernels.parts.fold import fold_rows, load_rows, store_rows
 from headfold.kernels.parts.rotary import load_rotated
 from headfold.kernels.parts.tile import locate
@@ -122,8 +122,8 @@ def append_kernel(
     seq, tile = locate(number, tiles_per_sequence, cu_seqlens_k_new, batch, heads, BLOCK_M)
     first = load_index(cu_seqlens_k_new, seq, 0)
     count = load_index(cu_seqlens_k_new, seq + 1, new_tokens) - first
-    length = load_index(cache_seqlens, seq, 0)
-    angle = tl.where(rotary_seqlens != 0, load_index(rotary_seqlens, seq, 0), length)
+    length = load_kept(cache_seqlens, seq, 0)
+    angle = tl.where(rotary_seqlens != 0, load_kept(rotary_seqlens, seq, 0), length)
     slot = load_index(cache_batch_idx, seq, seq)
     if tile * BLOCK_M < count * heads:
         row, token, head = fold_rows(tile * BLOCK_M, heads, BLOCK_M)

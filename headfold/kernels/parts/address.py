@@ -39,6 +39,13 @@ def load_index(address, i, absent):
 
 
 @triton.jit
+def load_kept(address, i, absent):
+    """The same, for what the next layers read again: it stays in the L2 cache while keys and values stream through it."""
+    where = pointer(address, tl.int32, 1) + i
+    return tl.load(where, mask=address != 0, other=absent, eviction_policy="evict_last")
+
+
+@triton.jit
 def to_float(raw, kind):
     """float16 or bfloat16 numbers, given as their bits (int16), in float32."""
     bfloat = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)

@@ -12,7 +12,11 @@ def load_angles(Table, stride, position, known, pair, HALF: tl.constexpr, ALIGN:
     """cos or sin of each row's position for the given pairs, float32; 0 where there is no such entry."""
     rows = position.to(tl.int64) * aligned(stride, ALIGN)
     mask = known[:, None] & (pair < HALF)[None, :]
-    return tl.load(Table + rows[:, None] + pair[None, :], mask=mask, other=0.0).to(tl.float32)
+    # Every layer reads the same few rows, and between two of them the cache streams through L2.
+    angles = tl.load(
+        Table + rows[:, None] + pair[None, :], mask=mask, other=0.0, eviction_policy="evict_last"
+    )
+    return angles.to(tl.float32)
 
 
 @triton.jit
