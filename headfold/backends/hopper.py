@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from headfold.backends.launch import compile_instead, compiling
+from headfold.backends.launch import Launcher, compile_instead, compiling
 from headfold.kernels.hopper.compat import TensorDescriptor
 from headfold.kernels.hopper.layouts import shared_layout
 from headfold.kernels.hopper.prefill import MAX_REGISTERS, prefill_kernel
+from headfold.kernels.tile_list import CHUNK, tile_list_kernel
 from headfold.planner.plan import Plan
-from headfold.problem import Inputs
+from headfold.problem import Inputs, k_capacity, q_capacity
 
 # An open window side: above any position, and a sum with a position still fits 32 bits.
 OPEN_SIDE = 2**30
@@ -34,7 +35,7 @@ _captured: dict[int, int] = {}
 def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Launch what the plan says. `out` (x.out_shape) and `lse` (x.lse_shape, float32) are written in full."""
     lse = x.empty_lse() if lse is None else lse
-    arguments, variant = launch_arguments(plan, x, out, lse)
+    arguments, variant = launch_arguments(plan, x, out, lse, list_tiles(plan, x))
     if compiling():  # where no stream is, and so no counter
         zeros = x.q.new_empty(2, dtype=torch.int32)
         compile_instead(prefill_kernel, (plan.workers,), (*arguments, zeros), variant)
@@ -44,10 +45,26 @@ def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> N
         prefill_kernel[(plan.workers,)](*arguments, counter, **variant)
 
 
+def list_tiles(plan: Plan, x: Inputs) -> torch.Tensor | None:
+    """Which sequences have how many tiles, (2 * b + 1,) int32 made on the device; None where no length lies there."""
+    lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_q, x.seqused_k)
+    if all(t is None for t in lengths):
+        return None
+    found = x.q.new_empty(2 * x.batch + 1, dtype=torch.int32)
+    grid = (-(-x.batch // CHUNK.value),)
+    launch = Launcher(tile_list_kernel, grid, {}, {"num_warps": 8}, x.q.device)
+    pointers = (0 if t is None else t.data_ptr() for t in (found, *lengths))
+    launch((*pointers, q_capacity(x), k_capacity(x), x.batch, plan.block_m))
+    return found
+
+
 def launch_arguments(
-    plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor
+    plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor, tile_list: torch.Tensor | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The kernel's run-time arguments but the counter, and its compile-time ones with Triton's options."""
+    """The kernel's run-time arguments but the counter, and its compile-time ones with Triton's options.
+
+    `tile_list` is `list_tiles`'s, where lengths lie on the device.
+    """
     rows, keys = plan.block_m // 2, plan.block_n
     # Boxes of pages go into shared memory one by one: they are as wide as what lies there in one piece.
     box = (plan.page_rows, SWIZZLED // x.k.element_size()) if plan.page_rows else (keys, None)
@@ -91,6 +108,7 @@ def launch_arguments(
         0 if x.page_table is None else x.page_table.stride(0),
         k.shape[2],
         keys // (plan.page_rows or keys),
+        tile_list,
     )
     variant = {
         "HEAD_DIM": d,

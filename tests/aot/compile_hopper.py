@@ -71,7 +71,9 @@ def compiled(x: Inputs) -> tuple[Plan, Any]:
     plan = plan_hopper(problem, DEVICES["h200"], triton_rows=2**31)
     assert isinstance(plan, Plan), plan
     out, lse = torch.empty(x.out_shape, dtype=x.q.dtype), torch.empty(x.lse_shape)
-    arguments, variant = launch_arguments(plan, x, out, lse)
+    lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_q, x.seqused_k)
+    tiles = None if all(t is None for t in lengths) else torch.empty(2 * x.batch + 1, dtype=torch.int32)
+    arguments, variant = launch_arguments(plan, x, out, lse, tiles)
     counter = torch.empty(2, dtype=torch.int32)
     return plan, prefill_kernel.run(*arguments, counter, grid=(plan.workers,), warmup=True, **variant)
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from headfold.backends.hopper import launch_arguments
+from headfold.backends.hopper import launch_arguments, list_tiles
 from headfold.kernels.hopper.prefill import prefill_kernel
 from headfold.planner import DEVICES, Plan
 from headfold.planner.hopper import plan_hopper
@@ -22,7 +22,7 @@ def attend(x: Inputs, seed: int = 0, programs: int = 2) -> tuple[torch.Tensor, t
     device = dataclasses.replace(DEVICES["h200"], sms=programs)
     plan = plan_hopper(problem, device, triton_rows=2**31)
     assert isinstance(plan, Plan), plan
-    arguments, variant = launch_arguments(plan, x, out, lse)
+    arguments, variant = launch_arguments(plan, x, out, lse, list_tiles(plan, x))
     counter = torch.zeros(2, dtype=torch.int32)
     launch(prefill_kernel, plan.workers, *arguments, counter, seed=seed, once=(out, lse), **variant)
     assert counter.tolist() == [0, 0]

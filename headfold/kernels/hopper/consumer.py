@@ -19,7 +19,7 @@ from headfold.kernels.hopper.layouts import (
     weights_layout,
 )
 from headfold.kernels.hopper.schedule import receive
-from headfold.kernels.hopper.spans import EDGE, full_blocks, locate, sequence, tile_blocks
+from headfold.kernels.hopper.spans import EDGE, full_blocks, sequence, tile_blocks
 
 
 @gluon.jit
@@ -206,8 +206,7 @@ def consume(
     query = matrix(q_buffers.index(GROUP), GROUP_ROWS, HEAD_DIM)
     turn = 0
     count = 0
-    number = receive(turn, mail, posted, taken)
-    entry, head, tile = locate(number, shape)
+    number, entry, head, tile = receive(turn, shape, mail, posted, taken, VARLEN)
     while number < total:
         q_batch, q_first, sq, k_batch, k_first, sk = sequence(entry, lengths, VARLEN)
         first = tile * (GROUP_ROWS * GROUPS)
@@ -270,8 +269,8 @@ def consume(
                 zero_front(values, start - low, HEAD_DIM_V)
         acc = warpgroup_mma(weights, values, acc, is_async=True)
         turn += 1
-        number = receive(turn, mail, posted, taken)
-        following, next_head, tile = locate(number, shape)  # divisions, while the tensor cores work
+        # Divisions, while the tensor cores work.
+        number, following, next_head, tile = receive(turn, shape, mail, posted, taken, VARLEN)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_free.index(older), count=1)
         store(

@@ -11,7 +11,7 @@ from headfold.kernels.hopper.compat import (
 from headfold.kernels.hopper.consumer import hide, matrix, offset, release, store, zero_unseen
 from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, shared_layout, weights_layout
 from headfold.kernels.hopper.schedule import receive
-from headfold.kernels.hopper.spans import full_blocks, locate, sequence, tile_blocks
+from headfold.kernels.hopper.spans import full_blocks, sequence, tile_blocks
 
 # Rows of a mask block that are looked at first. Where the diagonal of a causal mask cuts a block, its last rows live.
 SAMPLE = gl.constexpr(16)
@@ -86,8 +86,7 @@ def consume_masked(
     scale = scale_log2 * 0.6931471805599453
     turn = 0
     count = 0
-    number = receive(turn, mail, posted, taken)
-    entry, head, tile = locate(number, shape)
+    number, entry, head, tile = receive(turn, shape, mail, posted, taken, VARLEN)
     while number < total:
         q_batch, q_first, sq, k_batch, k_first, sk = sequence(entry, lengths, VARLEN)
         first = tile * (GROUP_ROWS * GROUPS)
@@ -151,5 +150,4 @@ def consume_masked(
         else:
             mbarrier.arrive(q_free.index(GROUP), count=1)
         turn += 1
-        number = receive(turn, mail, posted, taken)
-        entry, head, tile = locate(number, shape)
+        number, entry, head, tile = receive(turn, shape, mail, posted, taken, VARLEN)

@@ -5,6 +5,7 @@ from headfold.kernels.hopper.consumer import consume
 from headfold.kernels.hopper.layouts import GROUP_ROWS
 from headfold.kernels.hopper.masked import consume_masked
 from headfold.kernels.hopper.producer import produce
+from headfold.kernels.hopper.schedule import LETTER
 
 # Registers a thread at the start: 12 warps share 65,536, and hand them over to the consumers (240) afterwards.
 MAX_REGISTERS = 168
@@ -16,7 +17,7 @@ INTEGERS = (
 ).split()
 
 # Read and written a number at a time: their alignment is no reason for another variant.
-POINTERS = "Lse cu_seqlens_q cu_seqlens_k seqused_q seqused_k page_table counter".split()
+POINTERS = "Lse cu_seqlens_q cu_seqlens_k seqused_q seqused_k page_table tile_list counter".split()
 
 
 @gluon.jit
@@ -66,6 +67,7 @@ def prefill_kernel(
     table_stride: gl.int64,
     page_size: gl.int32,
     boxes: gl.int32,
+    tile_list,
     counter,
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
@@ -83,7 +85,7 @@ def prefill_kernel(
     q_buffers = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, GROUP_ROWS, HEAD_DIM], q_desc.layout)
     k_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
     v_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM_V], v_desc.layout)
-    mail = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    mail = gl.allocate_shared_memory(gl.int32, [2 * LETTER, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = barriers(GROUPS, 1)
     q_free = barriers(GROUPS, 1)
     k_full = barriers(STAGES, 1)
@@ -105,6 +107,8 @@ def prefill_kernel(
         staging = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, GROUP_ROWS, HEAD_DIM_V], v_desc.layout)
     fence_async_shared()
     total = tiles * units
+    if VARLEN:
+        total = gl.load(tile_list + units // heads) * heads
     pointers = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     lengths = (sq, sk, pointers, (has_cu_q, has_cu_k, has_used_q, has_used_k))
     shape = (heads, tiles, section, units)
@@ -117,7 +121,7 @@ def prefill_kernel(
     fetch = (
         (q_desc, k_desc, v_desc, mask_desc), (q_buffers, k_buffers, v_buffers, mask_buffers), flow, letters, counter,
         lengths, bottom_right, shape, window, (mask_step_b, mask_step_h), total, group,
-        (page_table, table_stride, page_size, boxes),
+        (page_table, table_stride, page_size, boxes), tile_list,
     )  # fmt: skip
     common = (reads, flow, letters, results, lses, lengths, bottom_right, shape, window, total, scale_log2)
     if MASKED:

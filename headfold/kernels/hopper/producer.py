@@ -2,8 +2,8 @@
 
 from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load, view_as
 from headfold.kernels.hopper.layouts import shared_layout
-from headfold.kernels.hopper.schedule import one_each, publish, sign_off, take
-from headfold.kernels.hopper.spans import locate, sequence, tile_blocks
+from headfold.kernels.hopper.schedule import last_place, one_each, publish, sign_off, take
+from headfold.kernels.hopper.spans import find, locate, sequence, tile_blocks
 
 LANES = gl.constexpr(32)  # of the producer's warp
 
@@ -85,6 +85,7 @@ def produce(
         total,
         group,
         pages,
+        tile_list,
     ) = common
     q_desc, k_desc, v_desc, mask_desc = descriptors
     q_buffers, k_buffers, v_buffers, mask_buffers = buffers
@@ -99,78 +100,81 @@ def produce(
     turn = 0
     count = 0  # blocks fetched so far: their stage and the phase of its barriers
     while number < total:
-        entry, head, tile = locate(number, shape)
+        if VARLEN:
+            found = find(number, last_place(turn, mail), shape, tile_list)
+        else:
+            found = locate(number, shape)
+        entry = found[0]
+        head = found[1]
+        tile = found[2]
+        publish(number, found, turn, mail, posted, taken, VARLEN)
         q_batch, q_first, sq, k_batch, k_first, sk = sequence(entry, lengths, VARLEN)
         first = tile * (ROWS * GROUPS)
         following = number
-        if first < sq:  # a ragged batch has the tiles of its longest sequence for every one
-            publish(number, turn, mail, posted, taken)
-            shift = (sk - sq) * bottom_right
-            _, low, blocks = tile_blocks(first, ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, LEFT)
-            kv_head = head // group
-            for c in gl.static_range(GROUPS):
-                mbarrier.wait(q_free.index(c), (turn & 1) ^ 1)
-                mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-                tma_load(
-                    q_desc,
-                    [q_batch, head, q_first + first + c * ROWS, 0],
-                    q_full.index(c),
-                    q_buffers.index(c),
+        shift = (sk - sq) * bottom_right
+        _, low, blocks = tile_blocks(first, ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, LEFT)
+        kv_head = head // group
+        for c in gl.static_range(GROUPS):
+            mbarrier.wait(q_free.index(c), (turn & 1) ^ 1)
+            mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
+            tma_load(
+                q_desc,
+                [q_batch, head, q_first + first + c * ROWS, 0],
+                q_full.index(c),
+                q_buffers.index(c),
+            )
+        for i in range(blocks):
+            if i == gl.minimum(
+                blocks - 1, STAGES
+            ):  # the answer takes a microsecond, and the buffers are full
+                following = take(counter, programs)
+            key = low + (blocks - 1 - i) * BLOCK_N
+            stage = count % STAGES
+            phase = ((count // STAGES) & 1) ^ 1
+            if PAGE_ROWS > 0:  # before the wait, which takes longer
+                where = look_up(pages, entry, key, sk, BLOCK_N, PAGE_ROWS)
+            mbarrier.wait(k_free.index(stage), phase)
+            if MASKED:
+                mbarrier.expect(
+                    k_full.index(stage), k_desc.block_type.nbytes + GROUPS * mask_desc.block_type.nbytes
                 )
-            for i in range(blocks):
-                if i == gl.minimum(
-                    blocks - 1, STAGES
-                ):  # the answer takes a microsecond, and the buffers are full
-                    following = take(counter, programs)
-                key = low + (blocks - 1 - i) * BLOCK_N
-                stage = count % STAGES
-                phase = ((count // STAGES) & 1) ^ 1
-                if PAGE_ROWS > 0:  # before the wait, which takes longer
-                    found = look_up(pages, entry, key, sk, BLOCK_N, PAGE_ROWS)
-                mbarrier.wait(k_free.index(stage), phase)
-                if MASKED:
-                    mbarrier.expect(
-                        k_full.index(stage), k_desc.block_type.nbytes + GROUPS * mask_desc.block_type.nbytes
-                    )
-                    for c in gl.static_range(GROUPS):
-                        tma_load(
-                            mask_desc,
-                            [q_batch * mask_steps[0], head * mask_steps[1], first + c * ROWS, key],
-                            k_full.index(stage),
-                            mask_buffers.index(stage * GROUPS + c),
-                        )
-                else:
-                    mbarrier.expect(k_full.index(stage), BLOCK_N * HEAD_DIM * SIZE)
-                if PAGE_ROWS > 0:
-                    fetch_pages(
-                        k_desc, found, kv_head, pages[2], pages[3], k_full.index(stage), k_buffers, stage, BLOCK_N,
-                        HEAD_DIM,
-                    )  # fmt: skip
-                else:
+                for c in gl.static_range(GROUPS):
                     tma_load(
-                        k_desc,
-                        [k_batch, kv_head, k_first + key, 0],
+                        mask_desc,
+                        [q_batch * mask_steps[0], head * mask_steps[1], first + c * ROWS, key],
                         k_full.index(stage),
-                        k_buffers.index(stage),
+                        mask_buffers.index(stage * GROUPS + c),
                     )
-                mbarrier.wait(v_free.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), BLOCK_N * HEAD_DIM_V * SIZE)
-                if PAGE_ROWS > 0:
-                    fetch_pages(
-                        v_desc, found, kv_head, pages[2], pages[3], v_full.index(stage), v_buffers, stage, BLOCK_N,
-                        HEAD_DIM_V,
-                    )  # fmt: skip
-                else:
-                    tma_load(
-                        v_desc,
-                        [k_batch, kv_head, k_first + key, 0],
-                        v_full.index(stage),
-                        v_buffers.index(stage),
-                    )
-                count += 1
-            turn += 1
-        else:
-            following = take(counter, programs)
+            else:
+                mbarrier.expect(k_full.index(stage), BLOCK_N * HEAD_DIM * SIZE)
+            if PAGE_ROWS > 0:
+                fetch_pages(
+                    k_desc, where, kv_head, pages[2], pages[3], k_full.index(stage), k_buffers, stage, BLOCK_N,
+                    HEAD_DIM,
+                )  # fmt: skip
+            else:
+                tma_load(
+                    k_desc,
+                    [k_batch, kv_head, k_first + key, 0],
+                    k_full.index(stage),
+                    k_buffers.index(stage),
+                )
+            mbarrier.wait(v_free.index(stage), phase)
+            mbarrier.expect(v_full.index(stage), BLOCK_N * HEAD_DIM_V * SIZE)
+            if PAGE_ROWS > 0:
+                fetch_pages(
+                    v_desc, where, kv_head, pages[2], pages[3], v_full.index(stage), v_buffers, stage, BLOCK_N,
+                    HEAD_DIM_V,
+                )  # fmt: skip
+            else:
+                tma_load(
+                    v_desc,
+                    [k_batch, kv_head, k_first + key, 0],
+                    v_full.index(stage),
+                    v_buffers.index(stage),
+                )
+            count += 1
+        turn += 1
         number = following
-    publish(total, turn, mail, posted, taken)
+    publish(total, (0, 0, 0, 0), turn, mail, posted, taken, VARLEN)
     sign_off(counter, programs)

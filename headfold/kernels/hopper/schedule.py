@@ -1,6 +1,7 @@
 """Who works on which tile: one counter in global memory, taken from by the producers, longest tiles first."""
 
 from headfold.kernels.hopper.compat import barrier, gl, gluon, mbarrier
+from headfold.kernels.hopper.spans import locate
 
 
 @gluon.constexpr_function
@@ -9,25 +10,50 @@ def one_each(warps):
     return gl.BlockedLayout([1], [32], [warps], [0])
 
 
+LETTER = gl.constexpr(5)  # numbers in a letter
+
+
 @gluon.jit
-def publish(number, turn, mail, posted, taken):
-    """Give the consumers the tile of their turn `turn`. Called by the producer; two letters may be under way."""
+def publish(number, found, turn, mail, posted, taken, VARLEN: gl.constexpr):
+    """Give the consumers the tile of their turn `turn`. Called by the producer; two letters may be under way.
+
+    With VARLEN the letter says too what was `found` out about the tile: its sequence, head and number in both, and the
+    sequence's place in the list, which the producer itself comes back to.
+    """
     slot = turn & 1
     mbarrier.wait(taken.index(slot), ((turn >> 1) & 1) ^ 1)
-    mail.index(slot).store(gl.full([1], number, gl.int32, one_each(1)))
+    mail.index(slot * LETTER).store(gl.full([1], number, gl.int32, one_each(1)))
+    if VARLEN:
+        for i in gl.static_range(4):
+            mail.index(slot * LETTER + 1 + i).store(gl.full([1], found[i], gl.int32, one_each(1)))
     barrier()
     mbarrier.arrive(posted.index(slot), count=1)
 
 
 @gluon.jit
-def receive(turn, mail, posted, taken):
-    """The tile of turn `turn`, for a consumer."""
+def last_place(turn, mail):
+    """Where the tile before turn `turn` is in the list. In a register from tile to tile it would spill (d256, pages)."""
+    place = 0
+    if turn > 0:
+        place = gl.max(mail.index(((turn - 1) & 1) * LETTER + 4).load(one_each(1)), 0)
+    return place
+
+
+@gluon.jit
+def receive(turn, shape, mail, posted, taken, VARLEN: gl.constexpr):
+    """(number, sequence, head, tile of the sequence) of the tile of turn `turn`, for a consumer."""
     slot = turn & 1
     mbarrier.wait(posted.index(slot), (turn >> 1) & 1)
-    number = gl.max(mail.index(slot).load(one_each(4)), 0)
+    number = gl.max(mail.index(slot * LETTER).load(one_each(4)), 0)
+    if VARLEN:
+        entry = gl.max(mail.index(slot * LETTER + 1).load(one_each(4)), 0)
+        head = gl.max(mail.index(slot * LETTER + 2).load(one_each(4)), 0)
+        tile = gl.max(mail.index(slot * LETTER + 3).load(one_each(4)), 0)
     barrier()
     mbarrier.arrive(taken.index(slot), count=1)
-    return number
+    if not VARLEN:
+        entry, head, tile = locate(number, shape)
+    return number, entry, head, tile
 
 
 @gluon.jit

@@ -24,6 +24,30 @@ def locate(number, shape):
 
 
 @gluon.jit
+def find(number, place, shape, tile_list):
+    """(number of the sequence, query head, tile, place of the sequence in the list) of a tile's place in the order of work.
+
+    For ragged batches: tile_list is what `kernels/tile_list.py` makes, place that of an earlier tile. A sequence's tiles
+    come together, heads in sections and levels as in `locate`.
+    """
+    heads, _, section, units = shape
+    end = gl.load(tile_list + place + 1)
+    while number >= end * heads:
+        place += 1
+        end = gl.load(tile_list + place + 1)
+    start = gl.load(tile_list + place)
+    entry = gl.load(tile_list + units // heads + 1 + place)
+    tiles = end - start
+    section = gl.minimum(section, heads)
+    rest = number - start * heads
+    first = rest // (section * tiles) * section
+    width = gl.minimum(section, heads - first)
+    rest -= first * tiles
+    level = rest // width
+    return entry, first + rest - level * width, tiles - 1 - level, place
+
+
+@gluon.jit
 def row_keys(position, shift, window, sk):
     """Half-open range of keys that a query position sees; scalars or tensors. Open sides come as 2**30."""
     low = gl.maximum(position + shift - window[0], 0)
