@@ -75,7 +75,7 @@ def consume_masked(
     """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces."""
     reads, flow, letters, Out, Lse, lengths, bottom_right, shape, window, total, scale_log2 = common
     q_buffers, k_buffers, v_buffers, staging = reads
-    q_full, q_free, k_full, k_free, v_full, v_free = flow
+    q_full, q_free, k_full, k_free, v_full, v_free, turns = flow
     mail, posted, taken = letters
     out_base, out_strides = Out
     lse_base, lse_strides = Lse

@@ -76,9 +76,10 @@ def prefill_kernel(
     VARLEN: gl.constexpr,
     LEFT: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    FLAGS: gl.constexpr,
 ):
     """Grid: one program a multiprocessor."""
-    GROUPS: gl.constexpr = 2
     dtype: gl.constexpr = q_desc.dtype
     q_buffers = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, GROUP_ROWS, HEAD_DIM], q_desc.layout)
     k_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
@@ -92,6 +93,7 @@ def prefill_kernel(
     v_free = barriers(STAGES, GROUPS)
     posted = barriers(2, 1)
     taken = barriers(2, GROUPS)
+    turns = barriers(GROUPS, 1)
     mask_buffers = k_buffers  # not used without a mask
     if MASKED:
         mask_buffers = gl.allocate_shared_memory(
@@ -112,7 +114,7 @@ def prefill_kernel(
     letters = (mail, posted, taken)
     results = (Out, (out_stride_b, out_stride_s, out_stride_h))
     lses = (Lse, (lse_stride_b, lse_stride_s, lse_stride_h))
-    flow = (q_full, q_free, k_full, k_free, v_full, v_free)
+    flow = (q_full, q_free, k_full, k_free, v_full, v_free, turns)
     reads = (q_buffers, k_buffers, v_buffers, staging)
     fetch = (
         (q_desc, k_desc, v_desc, mask_desc), (q_buffers, k_buffers, v_buffers, mask_buffers), flow, letters, counter,
@@ -160,19 +162,39 @@ def prefill_kernel(
             [4, 1],
             [240, 24],
         )
-    else:
+    elif GROUPS == 2:
         gl.warp_specialize(
             [
                 (
                     consume,
-                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT, FLAGS),
                 ),
                 (
                     consume,
-                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT, FLAGS),
                 ),
                 (produce, (fetch, BLOCK_N, GROUPS, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
             ],
             [4, 1],
             [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT, FLAGS),
+                ),
+                (
+                    consume,
+                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT, FLAGS),
+                ),
+                (
+                    consume,
+                    (2, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT, FLAGS),
+                ),
+                (produce, (fetch, BLOCK_N, GROUPS, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
         )

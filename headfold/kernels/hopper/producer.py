@@ -88,7 +88,7 @@ def produce(
     ) = common
     q_desc, k_desc, v_desc, mask_desc = descriptors
     q_buffers, k_buffers, v_buffers, mask_buffers = buffers
-    q_full, q_free, k_full, k_free, v_full, v_free = bars
+    q_full, q_free, k_full, k_free, v_full, v_free, turns = bars
     mail, posted, taken = letters
     ROWS: gl.constexpr = q_buffers.type.shape[3]
     HEAD_DIM: gl.constexpr = k_buffers.type.shape[4]
