@@ -30,14 +30,28 @@ def matrix(buffer, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def hide(scores, first, window, sk, key):
-    """`scores` of the block from `key` on, -inf where a row does not see the key. Row i stands at key `first` + i."""
-    row = gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, scores.type.layout))
-    column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
-    low = row + (first - window[0] - key)
+def hide(scores, first, window, sk, key, LEFT: gl.constexpr):
+    """`scores` of the block from `key` on, -inf where a row does not see the key. Row i stands at key `first` + i.
+
+    A thread's columns are 8 i + 2 lane + j. Seen with a dimension for each, i is a constant that a comparison takes as
+    it is; column numbers would take 32 registers. Without LEFT the left side of the window is open.
+    """
+    ROWS: gl.constexpr = scores.shape[0]
+    COLUMNS: gl.constexpr = scores.shape[1]
+    view = scores.reshape([ROWS, COLUMNS // 8, 4, 2])
+    layout: gl.constexpr = view.type.layout
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout))))
+    eight = gl.arange(0, COLUMNS // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout)))) * 8
+    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout)))) * 2
+    pair = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))
+    column = lane[None, None, :, None] + pair[None, None, None, :]
     high = gl.minimum(row + (first + window[1] + 1 - key), sk - key)
-    seen = (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
-    return gl.where(seen, scores, float("-inf"))
+    seen = eight[None, :, None, None] < high[:, None, None, None] - column
+    if LEFT:
+        low = row + (first - window[0] - key)
+        seen = seen & (eight[None, :, None, None] >= low[:, None, None, None] - column)
+    view = gl.where(seen, view, float("-inf"))
+    return gl.convert_layout(view.reshape([ROWS, COLUMNS]), scores.type.layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -59,6 +73,7 @@ def attend(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
+    LEFT: gl.constexpr,
     GROUP: gl.constexpr,
     GROUPS: gl.constexpr,
     FLAGS: gl.constexpr,
@@ -70,6 +85,7 @@ def attend(
     PACKED: gl.constexpr = FLAGS // 2 % 2 + FLAGS // 16 % 2 * 2
     IN_TURN: gl.constexpr = FLAGS // 4 % 2
     TOGETHER: gl.constexpr = FLAGS // 8 % 2
+    TREE: gl.constexpr = FLAGS // 32 % 4
     for i in range(blocks[0] - blocks[1]):
         stage = count % STAGES
         older = (count - 1) % STAGES
@@ -97,9 +113,9 @@ def attend(
             mbarrier.arrive(k_free.index(stage), count=1)
         if MASKED:
             key = low + (blocks[0] - 1 - i) * BLOCK_N
-            scores = hide(scores, own, window, sk, key)
+            scores = hide(scores, own, window, sk, key, LEFT)
         if DEFERRED:
-            p, shrink, row_max, row_sum = softmax.step_deferred(scores, row_max, row_sum, scale_log2, MASKED)
+            p, shrink, row_max, row_sum = softmax.step_deferred(scores, row_max, row_sum, scale_log2, MASKED, TREE)
         else:
             p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, MASKED)
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -263,7 +279,7 @@ def consume(
         mbarrier.arrive(k_free.index(stage), count=1)
         count += 1
         if (right < blocks) | (left == blocks):
-            scores = hide(scores, own + shift, window, sk, low + (blocks - 1) * BLOCK_N)
+            scores = hide(scores, own + shift, window, sk, low + (blocks - 1) * BLOCK_N, LEFT)
         left = gl.minimum(left, blocks - 1)
         right = gl.minimum(right, blocks - 1)
         row_max = gl.full([GROUP_ROWS], float("-inf"), gl.float32, rows)
@@ -278,16 +294,17 @@ def consume(
         # Blocks that some row does not see in full lie at both ends.
         state, count = attend(
             state, query, k_buffers, v_buffers, flow, count, (blocks - 1, right), low, sk, own + shift, window,
-            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, GROUP, GROUPS, FLAGS,
+            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS, FLAGS,
         )  # fmt: skip
         state, count = attend(
             state, query, k_buffers, v_buffers, flow, count, (right, left), low, sk, own + shift, window,
-            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, False, GROUP, GROUPS, FLAGS,
+            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, False, LEFT, GROUP, GROUPS, FLAGS,
         )  # fmt: skip
-        state, count = attend(
-            state, query, k_buffers, v_buffers, flow, count, (left, 0), low, sk, own + shift, window,
-            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, GROUP, GROUPS, FLAGS,
-        )  # fmt: skip
+        if LEFT:
+            state, count = attend(
+                state, query, k_buffers, v_buffers, flow, count, (left, 0), low, sk, own + shift, window,
+                scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS, FLAGS,
+            )  # fmt: skip
         # The next tile's queries come while this one is finished.
         if not SHARED:
             mbarrier.arrive(q_free.index(GROUP), count=1)

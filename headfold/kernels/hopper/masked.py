@@ -120,7 +120,7 @@ def consume_masked(
                     scores = gl.where(bias != 0, scores, float("-inf"))
                 release(k_free.index(stage))
                 if (block < left) | (block >= right):
-                    scores = hide(scores, own + shift, window, sk, low + block * BLOCK_N)
+                    scores = hide(scores, own + shift, window, sk, low + block * BLOCK_N, True)
                 if ADDED:
                     p, shrink, row_max, row_sum = softmax.step_biased(scores, row_max, row_sum)
                 else:

@@ -21,9 +21,28 @@ def step(scores, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def step_deferred(scores, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
+def halved(scores):
+    low, high = gl.split(scores.reshape([scores.shape[0], 2, scores.shape[1] // 2]).permute([0, 2, 1]))
+    return gl.maximum(low, high)
+
+
+@gluon.jit
+def row_maximum(scores, TREE: gl.constexpr):
+    if TREE == 0:
+        return gl.max(scores, 1)
+    else:
+        parts = halved(scores)
+        if TREE > 1:
+            parts = halved(parts)
+        if TREE > 2:
+            parts = halved(parts)
+        return gl.convert_layout(gl.max(parts, 1), gl.SliceLayout(1, scores.type.layout), assert_trivial=True)
+
+
+@gluon.jit
+def step_deferred(scores, row_max, row_sum, scale_log2, MASKED: gl.constexpr, TREE: gl.constexpr):
     """The same with the row sums in parts, one a thread of a row."""
-    new_max = gl.maximum(row_max, gl.max(scores, 1))
+    new_max = gl.maximum(row_max, row_maximum(scores, TREE))
     safe = new_max
     if MASKED:
         safe = gl.where(new_max == float("-inf"), 0.0, new_max)  # no key yet: -inf - -inf would be NaN
