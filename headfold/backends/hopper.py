@@ -11,6 +11,7 @@ from headfold.backends.launch import compile_instead, compiling
 from headfold.kernels.hopper.compat import TensorDescriptor
 from headfold.kernels.hopper.layouts import shared_layout
 from headfold.kernels.hopper.prefill import MAX_REGISTERS, prefill_kernel
+from headfold.planner.hopper import GROUP_ROWS
 from headfold.planner.plan import Plan
 from headfold.problem import Inputs
 
@@ -18,9 +19,6 @@ from headfold.problem import Inputs
 OPEN_SIDE = 2**30
 # Stands for a softmax scale of 0: every score becomes 0 to the last bit, and a hidden one stays -inf.
 NO_SCALE = 1e-30
-
-FLAGS = 0
-STAGES: int | None = None
 
 # Bytes of a row of shared memory as it is swizzled.
 SWIZZLED = 128
@@ -50,8 +48,8 @@ def launch_arguments(
     plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The kernel's run-time arguments but the counter, and its compile-time ones with Triton's options."""
-    rows, keys = 64, plan.block_n
-    groups = plan.block_m // 64
+    rows, keys = GROUP_ROWS, plan.block_n
+    consumers = plan.block_m // rows
     # Boxes of pages go into shared memory one by one: they are as wide as what lies there in one piece.
     box = (plan.page_rows, SWIZZLED // x.k.element_size()) if plan.page_rows else (keys, None)
     d, dv = plan.d_parts[0], plan.dv_parts[0]
@@ -100,15 +98,14 @@ def launch_arguments(
         "HEAD_DIM_V": dv,
         "COLUMNS": x.v.shape[-1],
         "BLOCK_N": keys,
-        "STAGES": STAGES or plan.num_stages,
+        "STAGES": plan.num_stages,
         "MASKED": mask is not None,
         "VARLEN": any(given),
         "LEFT": x.window_left >= 0,
         "PAGE_ROWS": plan.page_rows,
-        "GROUPS": groups,
-        "FLAGS": FLAGS,
+        "GROUPS": consumers,
         "num_warps": 4,
-        "maxnreg": MAX_REGISTERS if groups == 2 else 128,
+        "maxnreg": MAX_REGISTERS[consumers],
         "enable_fp_fusion": True,  # Triton's default up to 3.9
     }
     return arguments, variant

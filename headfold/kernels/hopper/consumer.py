@@ -16,9 +16,8 @@ from headfold.kernels.hopper.layouts import (
     accumulator,
     shared_layout,
     store_layout,
-    weights_layout,
 )
-from headfold.kernels.hopper.schedule import receive
+from headfold.kernels.hopper.schedule import pass_turn, receive, wait_turn
 from headfold.kernels.hopper.spans import EDGE, full_blocks, locate, sequence, tile_blocks
 
 
@@ -76,23 +75,18 @@ def attend(
     LEFT: gl.constexpr,
     GROUP: gl.constexpr,
     GROUPS: gl.constexpr,
-    FLAGS: gl.constexpr,
 ):
     """Blocks blocks[0]-1 down to blocks[1]: the scores of a block are under way while the one before it is weighed."""
-    weights, acc, row_max, row_sum = state
+    words, acc, row_max, row_sum = state
     k_full, k_free, v_full, v_free, turns = bars
-    DEFERRED: gl.constexpr = FLAGS % 2
-    PACKED: gl.constexpr = FLAGS // 2 % 2 + FLAGS // 16 % 2 * 2
-    IN_TURN: gl.constexpr = FLAGS // 4 % 2
-    TOGETHER: gl.constexpr = FLAGS // 8 % 2
-    TREE: gl.constexpr = FLAGS // 32 % 4
+    IN_TURN: gl.constexpr = GROUPS > 2
     for i in range(blocks[0] - blocks[1]):
         stage = count % STAGES
         older = (count - 1) % STAGES
         mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
         if IN_TURN:
             mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
-            mbarrier.wait(turns.index(GROUP), (count & 1) ^ (GROUP == 0))
+            wait_turn(turns, count, GROUP)
         keys = matrix(k_buffers.index(stage), BLOCK_N, HEAD_DIM)
         scores = warpgroup_mma(
             query,
@@ -104,28 +98,21 @@ def attend(
         if not IN_TURN:
             mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
         values = matrix(v_buffers.index(older), BLOCK_N, HEAD_DIM_V)
-        operand = softmax.unpack(weights, query.dtype, weights_layout(BLOCK_N), PACKED)
-        acc = warpgroup_mma(operand, values, acc, is_async=True)
+        acc = warpgroup_mma(softmax.unpack(words, query.dtype), values, acc, is_async=True)
         if IN_TURN:
-            mbarrier.arrive(turns.index((GROUP + 1) % GROUPS), count=1)
+            pass_turn(turns, GROUP, GROUPS)
         scores = warpgroup_mma_wait(1, deps=[scores])
-        if not TOGETHER:
-            mbarrier.arrive(k_free.index(stage), count=1)
+        mbarrier.arrive(k_free.index(stage), count=1)
         if MASKED:
             key = low + (blocks[0] - 1 - i) * BLOCK_N
             scores = hide(scores, own, window, sk, key, LEFT)
-        if DEFERRED:
-            p, shrink, row_max, row_sum = softmax.step_deferred(scores, row_max, row_sum, scale_log2, MASKED, TREE)
-        else:
-            p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, MASKED)
+        weights, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, MASKED)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        if TOGETHER:
-            mbarrier.arrive(k_free.index(stage), count=1)
         mbarrier.arrive(v_free.index(older), count=1)
         acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
-        weights = softmax.round_weights(p, query.dtype, PACKED)
+        words = softmax.pack(weights, query.dtype)
         count += 1
-    return (weights, acc, row_max, row_sum), count
+    return (words, acc, row_max, row_sum), count
 
 
 @gluon.jit
@@ -230,19 +217,15 @@ def consume(
     SHARED: gl.constexpr,
     VARLEN: gl.constexpr,
     LEFT: gl.constexpr,
-    FLAGS: gl.constexpr,
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces."""
     reads, bars, letters, Out, Lse, lengths, bottom_right, shape, window, total, scale_log2 = common
     q_buffers, k_buffers, v_buffers, staging = reads
     q_full, q_free, k_full, k_free, v_full, v_free, turns = bars
-    DEFERRED: gl.constexpr = FLAGS % 2
-    PACKED: gl.constexpr = FLAGS // 2 % 2 + FLAGS // 16 % 2 * 2
-    IN_TURN: gl.constexpr = FLAGS // 4 % 2
     mail, posted, taken = letters
     out_base, out_strides = Out
     lse_base, lse_strides = Lse
-    rows: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
+    IN_TURN: gl.constexpr = GROUPS > 2
     query = matrix(q_buffers.index(GROUP), GROUP_ROWS, HEAD_DIM)
     turn = 0
     count = 0
@@ -264,7 +247,7 @@ def consume(
         mbarrier.wait(q_full.index(GROUP), turn & 1)
         mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
         if IN_TURN:
-            mbarrier.wait(turns.index(GROUP), (count & 1) ^ (GROUP == 0))
+            wait_turn(turns, count, GROUP)
         keys = matrix(k_buffers.index(stage), BLOCK_N, HEAD_DIM)
         scores = warpgroup_mma(
             query,
@@ -274,7 +257,7 @@ def consume(
             is_async=True,
         )
         if IN_TURN:
-            mbarrier.arrive(turns.index((GROUP + 1) % GROUPS), count=1)
+            pass_turn(turns, GROUP, GROUPS)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_free.index(stage), count=1)
         count += 1
@@ -282,43 +265,36 @@ def consume(
             scores = hide(scores, own + shift, window, sk, low + (blocks - 1) * BLOCK_N, LEFT)
         left = gl.minimum(left, blocks - 1)
         right = gl.minimum(right, blocks - 1)
-        row_max = gl.full([GROUP_ROWS], float("-inf"), gl.float32, rows)
-        row_sum = gl.zeros([GROUP_ROWS], gl.float32, rows)
-        p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
-        if DEFERRED:
-            row_sum = softmax.parts(p)
-        weights = softmax.round_weights(p, query.dtype, PACKED)
+        row_max, row_sum = softmax.begin(BLOCK_N)
+        weights, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
         acc = gl.zeros([GROUP_ROWS, HEAD_DIM_V], gl.float32, accumulator(HEAD_DIM_V))
-        state = (weights, acc, row_max, row_sum)
+        state = (softmax.pack(weights, query.dtype), acc, row_max, row_sum)
         flow = (k_full, k_free, v_full, v_free, turns)
         # Blocks that some row does not see in full lie at both ends.
         state, count = attend(
             state, query, k_buffers, v_buffers, flow, count, (blocks - 1, right), low, sk, own + shift, window,
-            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS, FLAGS,
+            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS,
         )  # fmt: skip
         state, count = attend(
             state, query, k_buffers, v_buffers, flow, count, (right, left), low, sk, own + shift, window,
-            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, False, LEFT, GROUP, GROUPS, FLAGS,
+            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, False, LEFT, GROUP, GROUPS,
         )  # fmt: skip
         if LEFT:
             state, count = attend(
                 state, query, k_buffers, v_buffers, flow, count, (left, 0), low, sk, own + shift, window,
-                scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS, FLAGS,
+                scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS,
             )  # fmt: skip
         # The next tile's queries come while this one is finished.
         if not SHARED:
             mbarrier.arrive(q_free.index(GROUP), count=1)
-        weights, acc, row_max, row_sum = state
-        if DEFERRED:
-            row_sum = gl.convert_layout(gl.sum(row_sum, 1), rows)
+        words, acc, row_max, row_sum = state
         older = (count - 1) % STAGES
         mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
         values = matrix(v_buffers.index(older), BLOCK_N, HEAD_DIM_V)
         if LEFT:
             if start > low:
                 zero_front(values, start - low, HEAD_DIM_V)
-        operand = softmax.unpack(weights, query.dtype, weights_layout(BLOCK_N), PACKED)
-        acc = warpgroup_mma(operand, values, acc, is_async=True)
+        acc = warpgroup_mma(softmax.unpack(words, query.dtype), values, acc, is_async=True)
         turn += 1
         number = receive(turn, mail, posted, taken)
         following, next_head, tile = locate(number, shape)  # divisions, while the tensor cores work

@@ -80,7 +80,6 @@ def consume_masked(
     out_base, out_strides = Out
     lse_base, lse_strides = Lse
     layout: gl.constexpr = accumulator(BLOCK_N)
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
     ADDED: gl.constexpr = mask_buffers.dtype.is_floating()
     query = matrix(q_buffers.index(GROUP), GROUP_ROWS, HEAD_DIM)
     scale = scale_log2 * 0.6931471805599453
@@ -95,8 +94,7 @@ def consume_masked(
         _, low, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, False)
         own = first + GROUP * GROUP_ROWS
         left, right = full_blocks(own, GROUP_ROWS, sq, sk, shift, window, low, blocks, BLOCK_N)
-        row_max = gl.full([GROUP_ROWS], float("-inf"), gl.float32, rows)
-        row_sum = gl.zeros([GROUP_ROWS], gl.float32, rows)
+        row_max, row_sum = softmax.begin(BLOCK_N)
         acc = gl.zeros([GROUP_ROWS, HEAD_DIM_V], gl.float32, accumulator(HEAD_DIM_V))
         mbarrier.wait(q_full.index(GROUP), turn & 1)
         zero_unseen(
@@ -122,13 +120,15 @@ def consume_masked(
                 if (block < left) | (block >= right):
                     scores = hide(scores, own + shift, window, sk, low + block * BLOCK_N, True)
                 if ADDED:
-                    p, shrink, row_max, row_sum = softmax.step_biased(scores, row_max, row_sum)
+                    weights, shrink, row_max, row_sum = softmax.step_biased(scores, row_max, row_sum)
                 else:
-                    p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
+                    weights, shrink, row_max, row_sum = softmax.step(
+                        scores, row_max, row_sum, scale_log2, True
+                    )
                 acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
-                weights = gl.convert_layout(p.to(query.dtype), weights_layout(BLOCK_N))
+                operand = gl.convert_layout(weights.to(query.dtype), weights_layout(BLOCK_N))
                 mbarrier.wait(v_full.index(stage), phase)
-                acc = warpgroup_mma(weights, matrix(v_buffers.index(stage), BLOCK_N, HEAD_DIM_V), acc)
+                acc = warpgroup_mma(operand, matrix(v_buffers.index(stage), BLOCK_N, HEAD_DIM_V), acc)
             else:
                 release(k_free.index(stage))
                 mbarrier.wait(v_full.index(stage), phase)

@@ -6,8 +6,9 @@ from headfold.kernels.hopper.layouts import GROUP_ROWS
 from headfold.kernels.hopper.masked import consume_masked
 from headfold.kernels.hopper.producer import produce
 
-# Registers a thread at the start: 12 warps share 65,536, and hand them over to the consumers (240) afterwards.
-MAX_REGISTERS = 168
+# Registers a thread at the start, by the number of consumers: 12 or 16 warps share 65,536, and hand them over to the
+# consumers (240 or 160) afterwards.
+MAX_REGISTERS = {2: 168, 3: 128}
 
 INTEGERS = (
     "has_cu_q has_cu_k has_used_q has_used_k sq sk bottom_right heads group tiles section units "
@@ -77,7 +78,6 @@ def prefill_kernel(
     LEFT: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
     GROUPS: gl.constexpr,
-    FLAGS: gl.constexpr,
 ):
     """Grid: one program a multiprocessor."""
     dtype: gl.constexpr = q_desc.dtype
@@ -167,13 +167,13 @@ def prefill_kernel(
             [
                 (
                     consume,
-                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT, FLAGS),
+                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
                 (
                     consume,
-                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT, FLAGS),
+                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
-                (produce, (fetch, BLOCK_N, GROUPS, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
+                (produce, (fetch, BLOCK_N, 2, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
             ],
             [4, 1],
             [240, 24],
@@ -183,17 +183,17 @@ def prefill_kernel(
             [
                 (
                     consume,
-                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT, FLAGS),
+                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
                 (
                     consume,
-                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT, FLAGS),
+                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
                 (
                     consume,
-                    (2, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT, FLAGS),
+                    (2, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
-                (produce, (fetch, BLOCK_N, GROUPS, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
+                (produce, (fetch, BLOCK_N, 3, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
             ],
             [4, 4, 1],
             [160, 160, 24],

@@ -42,3 +42,14 @@ def sign_off(counter, programs):
     if gl.atomic_add(counter + 1, 1, sem="relaxed", scope="gpu") == programs - 1:
         gl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
         gl.atomic_xchg(counter + 1, 0, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
+def wait_turn(turns, count, GROUP: gl.constexpr):
+    """Wait until it is this consumer's turn to issue the products of block `count`; consumer 0 begins."""
+    mbarrier.wait(turns.index(GROUP), (count & 1) ^ (GROUP == 0))
+
+
+@gluon.jit
+def pass_turn(turns, GROUP: gl.constexpr, GROUPS: gl.constexpr):
+    mbarrier.arrive(turns.index((GROUP + 1) % GROUPS), count=1)
