@@ -36,8 +36,8 @@ def variants() -> dict[str, Inputs]:
         ragged.seqused_k = torch.empty(2, dtype=torch.int32)
     found["d128/128 float16 dense"] = call(128, 128, torch.float16)
     for dtype in (torch.bfloat16, torch.float16):
-        found[f"d64/64 {dtype} long".replace("torch.", "")] = call(64, 64, dtype, 8192)
-    found["d64/64 lengths of queries, long"] = long = call(64, 64, length=8192)
+        found[f"d64/64 {dtype} long".replace("torch.", "")] = call(64, 64, dtype, 12288)
+    found["d64/64 lengths of queries, long"] = long = call(64, 64, length=12288)
     long.seqused_q = torch.empty(2, dtype=torch.int32)
     for d, dv in ((64, 64), (128, 128), (256, 256), (192, 128)):
         for page_size in (8, 64):
