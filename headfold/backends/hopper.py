@@ -12,6 +12,7 @@ from headfold.kernels.hopper.compat import TensorDescriptor
 from headfold.kernels.hopper.layouts import shared_layout
 from headfold.kernels.hopper.prefill import MAX_REGISTERS, prefill_kernel
 from headfold.kernels.tile_list import CHUNK, tile_list_kernel
+from headfold.planner.hopper import GROUP_ROWS
 from headfold.planner.plan import Plan
 from headfold.problem import Inputs, k_capacity, q_capacity
 
@@ -65,7 +66,8 @@ def launch_arguments(
 
     `tile_list` is `list_tiles`'s, where lengths lie on the device.
     """
-    rows, keys = plan.block_m // 2, plan.block_n
+    rows, keys = GROUP_ROWS, plan.block_n
+    consumers = plan.block_m // rows
     # Boxes of pages go into shared memory one by one: they are as wide as what lies there in one piece.
     box = (plan.page_rows, SWIZZLED // x.k.element_size()) if plan.page_rows else (keys, None)
     d, dv = plan.d_parts[0], plan.dv_parts[0]
@@ -120,8 +122,9 @@ def launch_arguments(
         "VARLEN": any(given),
         "LEFT": x.window_left >= 0,
         "PAGE_ROWS": plan.page_rows,
+        "GROUPS": consumers,
         "num_warps": 4,
-        "maxnreg": MAX_REGISTERS,
+        "maxnreg": MAX_REGISTERS[consumers],
         "enable_fp_fusion": True,  # Triton's default up to 3.9
     }
     return arguments, variant

@@ -6,7 +6,14 @@ from headfold.planner.device import Device
 from headfold.planner.plan import Plan
 from headfold.problem import Problem
 
-ROWS = 128  # two warpgroups of 64 query positions of one head
+GROUP_ROWS = 64  # query positions of one head that a consumer warpgroup takes
+# Tiles of three consumers (192 rows): 160 registers hold what they need at head dimension 64. On an H200 they run at
+# 1.12 times the speed of two, block by block (b1, 32 heads, 16384: 515 TFLOP/s against 451), and lose where tiles see
+# few blocks: causal 4096 399 against 418, causal 8192 447 against 428, 2048 without a mask 440 against 400.
+TALL_DIM = 64
+TALL_SPEED = 1.1
+TALL_KEYS = 2048
+TALL_KEYS_CAUSAL = 6144
 STAGES = 2
 # Boxes lie in shared memory at multiples of 8 rows, the period of its swizzling.
 FEWEST_PAGE_ROWS = 8
@@ -31,10 +38,11 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
     if device.arch != (9, 0) or p.device_type == "cpu":  # on CPU tensors kernels are interpreted
         return "the Triton kernel: the Gluon one is for Hopper GPUs"
     reason = refusal(p)
-    per_sequence = -(-p.max_seqlen_q // ROWS)
+    height = tile_rows(p, device)
+    per_sequence = -(-p.max_seqlen_q // height)
     # A ragged batch is laid out at its bound, and a tile past its sequence's end costs next to nothing.
-    tiles = min(p.batch * per_sequence, -(-p.total_q // ROWS) + p.batch)
-    rows = tiles * p.num_heads * ROWS
+    tiles = min(p.batch * per_sequence, -(-p.total_q // height) + p.batch)
+    rows = tiles * p.num_heads * height
     if not reason and not p.tensor_mask and rows > WORTH_ROWS * triton_rows:
         reason = f"whose tiles of one head would hold {rows} rows instead of {triton_rows}"
     if reason:
@@ -50,12 +58,12 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
         backend="hopper",
         kernel="prefill",
         fold=1,
-        block_m=ROWS,
+        block_m=height,
         block_n=keys,
         head_units=p.num_heads,
         tiles=p.batch * per_sequence,
         tiles_per_sequence=per_sequence,
-        num_warps=12,
+        num_warps=4 * (height // GROUP_ROWS + 1),
         num_stages=STAGES,
         d_parts=(d, 0),
         dv_parts=(dv, 0),
@@ -64,13 +72,33 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
         page_rows=box,
         workers=workers,
         section=min(section, p.batch * p.num_heads),
-        shared_memory=shared_memory(p, keys),
+        shared_memory=shared_memory(p, keys, height),
         reasons=(
-            "two warpgroups compute while a third fetches through the copy engine (Gluon, docs/hopper.md)",
+            f"{'two' if height == 128 else 'three'} warpgroups compute while another fetches through the copy engine "
+            "(Gluon, docs/hopper.md)",
             "a tile holds rows of one head: the heads of a group find K and V in the L2 cache",
             *pages,
         ),
     )
+
+
+def tile_rows(p: Problem, device: Device) -> int:
+    """Rows of a tile: those of two consumers, or of three where that is faster."""
+    short, tall = 2 * GROUP_ROWS, 3 * GROUP_ROWS
+    if max(tile_dim(p.head_dim), tile_dim(p.head_dim_v)) > TALL_DIM or p.tensor_mask:
+        return short
+    # Ragged batches may be short, and the producer of pages needs the registers.
+    if p.q_layout != "dense" or p.kv_layout != "dense" or p.lengths_on_device or p.window_left is not None:
+        return short
+    if min(p.max_seqlen_q, p.max_seqlen_k) < (TALL_KEYS if p.window_right is None else TALL_KEYS_CAUSAL):
+        return short
+
+    def rounds(rows: int) -> float:
+        """Rows that the busiest multiprocessor works off."""
+        tiles = -(-p.max_seqlen_q // rows) * p.num_heads * p.batch
+        return rows * -(-tiles // device.sms)
+
+    return tall if rounds(tall) < TALL_SPEED * rounds(short) else short
 
 
 def refusal(p: Problem) -> str:
@@ -111,13 +139,13 @@ def tile_dim(d: int) -> int:
     return next((n for n in (64, 128, 256) if 3 * n // 4 <= d <= n), 0)
 
 
-def shared_memory(p: Problem, keys: int) -> int:
+def shared_memory(p: Problem, keys: int, rows: int) -> int:
     """Bytes of shared memory the kernel needs, an upper bound; tests compare it with what the compiler reports."""
     size = p.dtype.itemsize
     d, dv = tile_dim(p.head_dim), tile_dim(p.head_dim_v)
-    total = STAGES * keys * (d + dv) * size + ROWS * d * size
+    total = STAGES * keys * (d + dv) * size + rows * d * size
     if p.tensor_mask:
-        total += STAGES * ROWS * keys * 2
+        total += STAGES * rows * keys * 2
     if d < dv or not (p.tensor_mask or dv > 128):  # else results leave through the queries' buffer
-        total += ROWS * dv * size
+        total += rows * dv * size
     return total + 1024

@@ -35,6 +35,10 @@ def variants() -> dict[str, Inputs]:
         found[f"d{d}/{dv} ragged"] = ragged = call(d, dv)
         ragged.seqused_k = torch.empty(2, dtype=torch.int32)
     found["d128/128 float16 dense"] = call(128, 128, torch.float16)
+    for dtype in (torch.bfloat16, torch.float16):
+        found[f"d64/64 {dtype} long".replace("torch.", "")] = call(64, 64, dtype, 12288)
+    found["d64/64 lengths of queries, long"] = long = call(64, 64, length=12288)
+    long.seqused_q = torch.empty(2, dtype=torch.int32)
     for d, dv in ((64, 64), (128, 128), (256, 256), (192, 128)):
         for page_size in (8, 64):
             found[f"d{d}/{dv} pages of {page_size}"] = paged(d, dv, page_size)
@@ -52,9 +56,9 @@ def variants() -> dict[str, Inputs]:
     return found
 
 
-def call(d: int, dv: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
-    q, k = torch.empty(2, 512, 8, d, dtype=dtype), torch.empty(2, 512, 2, d, dtype=dtype)
-    return Inputs(q, k, torch.empty(2, 512, 2, dv, dtype=dtype))
+def call(d: int, dv: int, dtype: torch.dtype = torch.bfloat16, length: int = 512) -> Inputs:
+    q, k = torch.empty(2, length, 8, d, dtype=dtype), torch.empty(2, length, 2, d, dtype=dtype)
+    return Inputs(q, k, torch.empty(2, length, 2, dv, dtype=dtype))
 
 
 def paged(d: int, dv: int, page_size: int) -> Inputs:
@@ -116,7 +120,7 @@ def main() -> None:
     report = {}
     for name, x in variants().items():
         plan, kernel = compiled(x)
-        report[name] = {**figures(kernel, 90), "planned": plan.shared_memory}
+        report[name] = {**figures(kernel, 90), "planned": plan.shared_memory, "rows": plan.block_m}
         report[name]["block_loop_spills"] = block_loop_spills(kernel)
     print(json.dumps(report))
 

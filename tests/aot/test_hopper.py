@@ -49,3 +49,7 @@ def test_nothing_spills_in_the_loops_over_blocks(report: Report) -> None:
 
 def test_shared_memory_is_what_was_planned(report: Report) -> None:
     assert all(r["smem"] <= r["planned"] <= DEVICES["h200"].smem for r in report.values())
+
+
+def test_three_consumers_are_compiled_too(report: Report) -> None:
+    assert {n for n, r in report.items() if r["rows"] == 192} == {n for n in report if n.endswith("long")}

@@ -16,6 +16,7 @@ from tests.gluon_emulator.scheduler import current
 from tests.gluon_emulator.values import (
     GLUON,
     TORCH,
+    Derived,
     Pointer,
     Scalar,
     Tensor,
@@ -70,8 +71,16 @@ def zeros_like(x: Tensor) -> Tensor:
     return full(x.shape, 0, x.dtype, x.layout)
 
 
-def convert_layout(x: Tensor, layout: Any) -> Tensor:
+def convert_layout(x: Tensor, layout: Any, assert_trivial: bool = False) -> Tensor:
+    """`assert_trivial` is the compiler's to check: it knows where elements lie."""
     return Tensor(x.data, layout)
+
+
+def join(a: Tensor, b: Tensor) -> Tensor:
+    """Both in a new last dimension."""
+    if a.layout != b.layout:
+        raise ValueError(f"layouts differ: {a.layout} and {b.layout}")
+    return Tensor(torch.stack([a.data, b.data], -1), Derived("join", (), a.data.dim() + 1, a.layout))
 
 
 def _chosen(of_tensors: Callable[..., torch.Tensor], of_numbers: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,22 +215,30 @@ def _exchange(pointer: Pointer, change: Callable[[Scalar], Scalar]) -> Scalar:
 
 def inline_asm_elementwise(
     asm: str, constraints: str, args: list[Tensor], dtype: Any, is_pure: bool, pack: int
-) -> Tensor:
-    """PTX over one tensor of 16-bit elements, `pack` to a 32-bit register; knows shl.b32 and and.b32."""
-    (x,) = args
-    outputs = constraints.count("=r")
-    if pack != 2 or outputs != 2 or x.data.element_size() != 2 or dtype != gl.float32:
-        raise NotImplementedError(f"assembly of {constraints} with {pack} elements a register")
-    registers = {outputs: x.data.contiguous().view(torch.int32).long() & 0xFFFFFFFF}
-    for line in filter(None, (part.strip() for part in asm.split(";"))):
-        match = re.fullmatch(r"(shl|and)\.b32 \$(\d+), \$(\d+), (\w+)", line)
-        if match is None:
-            raise NotImplementedError(f"assembly {line!r}")
-        source, constant = registers[int(match[3])], int(match[4], 0)
-        result = source << constant if match[1] == "shl" else source & constant
-        registers[int(match[2])] = result & 0xFFFFFFFF
-    words = torch.stack([registers[0], registers[1]], -1).flatten(-2)
-    return Tensor(torch.where(words >= 2**31, words - 2**32, words).int().view(torch.float32), x.layout)
+) -> Any:
+    """The PTX that headfold's kernels hold, over tensors of one layout."""
+    if any(x.layout != args[0].layout for x in args):
+        raise ValueError(f"layouts differ: {[x.layout for x in args]}")
+    if (convert := re.fullmatch(r"cvt\.rn\.(bf16|f16)x2\.f32 \$0, \$2, \$1;", asm)) and pack == 1:
+        _of_types(args, [gl.float32, gl.float32], constraints, "=r,f,f")
+        target = torch.bfloat16 if convert[1] == "bf16" else torch.float16
+        halves = torch.stack([x.data for x in args], -1).to(target)
+        return Tensor(halves.view(torch.int32).squeeze(-1), args[0].layout)
+    if asm == "mov.b32 {$0, $1}, $2;" and pack == 1:
+        _of_types(args, [gl.int32], constraints, "=h,=h,r")
+        halves = args[0].data.contiguous().unsqueeze(-1).view(TORCH[dtype[0]])
+        return tuple(Tensor(half, args[0].layout) for half in halves.unbind(-1))
+    if asm == "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;" and pack == 2 and dtype == gl.float32:
+        _of_types(args, [gl.bfloat16], constraints, "=r,=r,r")
+        return Tensor(
+            (args[0].data.contiguous().view(torch.int16).int() << 16).view(torch.float32), args[0].layout
+        )
+    raise NotImplementedError(f"assembly {asm!r} of {constraints} with {pack} elements a register")
+
+
+def _of_types(args: list[Tensor], types: list[Any], constraints: str, want: str) -> None:
+    if [x.dtype for x in args] != types or constraints != want:
+        raise TypeError(f"assembly of {[x.dtype for x in args]} with {constraints}")
 
 
 def warp_specialize(partitions: list[Any], warps: list[int], registers: list[int]) -> None:
@@ -256,6 +273,7 @@ LANGUAGE: dict[str, Any] = {
     "zeros": zeros,
     "zeros_like": zeros_like,
     "convert_layout": convert_layout,
+    "join": join,
     "maximum": maximum,
     "minimum": minimum,
     "cdiv": cdiv,

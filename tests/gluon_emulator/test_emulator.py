@@ -20,7 +20,8 @@ from headfold.kernels.hopper.compat import (
     warpgroup_mma_wait,
 )
 from headfold.kernels.hopper.layouts import accumulator, shared_layout, store_layout
-from tests.gluon_emulator import DeadlockError, RaceError, launch
+from tests.gluon_emulator import DeadlockError, RaceError, language, launch
+from tests.gluon_emulator.values import Tensor
 
 SEEDS = range(10)
 
@@ -348,3 +349,32 @@ def test_rows_longer_than_a_swizzled_one_lie_in_pieces() -> None:
     box = TensorDescriptor(source, [64, 128], [128, 1], [32, 64], shared_layout(32, 64, 16, 2))
     launch(long_rows, 1, box, out)
     assert torch.equal(out, source)
+
+
+def test_tensors_are_seen_with_other_shapes() -> None:
+    """Every way has a layout of its own: what came different ways does not mix until it is converted."""
+    x = Tensor(torch.arange(8.0), gl.BlockedLayout([1], [32], [4], [0]))
+    low, high = x.reshape([2, 2, 2]).permute([0, 2, 1]).split()
+    assert low.data.tolist() == [[0, 1], [4, 5]]
+    assert high.data.tolist() == [[2, 3], [6, 7]]
+    assert language.join(low, high).data.flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert (low + high).data.tolist() == [[2, 4], [10, 12]]
+    with pytest.raises(ValueError, match="layouts differ"):
+        _ = low + x.reshape([2, 4]).reshape([2, 2, 2]).split()[0]
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16"])
+def test_assembly_rounds_pairs_and_takes_them_apart(name: str) -> None:
+    layout = gl.BlockedLayout([1], [32], [4], [0])
+    low, high = (Tensor(t, layout) for t in torch.randn(2, 64))
+    kind = {"bf16": gl.bfloat16, "f16": gl.float16}[name]
+    words = language.inline_asm_elementwise(
+        f"cvt.rn.{name}x2.f32 $0, $2, $1;", "=r,f,f", [low, high], gl.int32, is_pure=True, pack=1
+    )
+    halves = language.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], (kind, kind), is_pure=True, pack=1
+    )
+    for half, one in zip(halves, (low, high), strict=True):
+        assert torch.equal(half.data, one.data.to(half.data.dtype))
+    assert words.dtype == gl.int32
+    assert halves[0].dtype == kind

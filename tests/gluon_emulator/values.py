@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,6 +112,16 @@ def _rounded(value: Any, dtype: Any) -> Any:
     return value
 
 
+@dataclass(frozen=True)
+class Derived:
+    """The layout that the compiler infers for a tensor whose elements stay in their threads."""
+
+    how: str
+    arguments: tuple[int, ...]
+    rank: int
+    of: Any
+
+
 class Tensor(Value):
     """A tensor in the registers of a partition's warps."""
 
@@ -126,13 +137,30 @@ class Tensor(Value):
         return Tensor(cast(self.data, dtype), self.layout)
 
     def __getitem__(self, index: tuple[slice | None, ...]) -> Tensor:
-        """Only `[:, None]` and `[None, :]`: the layout must be a slice of one with the new dimension."""
-        new = [i for i, one in enumerate(index) if one is None]
-        if len(new) != 1 or any(one not in (None, slice(None)) for one in index):
+        """New dimensions, such as `[:, None]`: the layout must be a slice of one with the dimension, one by one."""
+        if (
+            any(one not in (None, slice(None)) for one in index)
+            or index.count(slice(None)) != self.data.dim()
+        ):
             raise NotImplementedError(f"index {index}")
-        if not isinstance(self.layout, gl.SliceLayout) or self.layout.dim != new[0]:
-            raise ValueError(f"dimension {new[0]} is inserted into a tensor of layout {self.layout}")
-        return Tensor(self.data.unsqueeze(new[0]), self.layout.parent)
+        data, layout = self.data, self.layout
+        for i in (i for i, one in enumerate(index) if one is None):
+            if not isinstance(layout, gl.SliceLayout) or layout.dim != i:
+                raise ValueError(f"dimension {i} is inserted into a tensor of layout {layout}")
+            data, layout = data.unsqueeze(i), layout.parent
+        return Tensor(data, layout)
+
+    def reshape(self, shape: list[int]) -> Tensor:
+        return Tensor(self.data.reshape(shape), Derived("reshape", tuple(shape), len(shape), self.layout))
+
+    def permute(self, order: list[int]) -> Tensor:
+        return Tensor(self.data.permute(order), Derived("permute", tuple(order), len(order), self.layout))
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """The two halves of the last dimension, whose size is 2."""
+        low, high = self.data.unbind(-1)
+        layout = gl.SliceLayout(self.data.dim() - 1, self.layout)
+        return Tensor(low, layout), Tensor(high, layout)
 
     def __repr__(self) -> str:
         return f"Tensor({self.dtype}, {self.shape}, {self.layout})"

@@ -69,6 +69,20 @@ def test_many_schedules(kind: str) -> None:
     check(x, schedules=6)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_three_consumers(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """They take turns; some have no rows at all in a sequence's last tile, or blocks that none of their rows sees."""
+    monkeypatch.setattr(planner, "tile_rows", lambda p, device: 192)
+    torch.manual_seed(seed)
+    sq, sk = ((200, 900), (400, 400), (193, 64), (520, 300))[seed % 4]
+    d, dtype = (64, torch.bfloat16) if seed % 3 else (56, torch.float16)
+    q, k, v = (rand(2, n, h, d, dtype=dtype) for n, h in ((sq, 2), (sk, 1), (sk, 1)))
+    x = Inputs(q, k, v, window_right=(-1, 0, 70)[seed // 4], bottom_right=seed % 2 > 0)
+    if seed % 5 == 4:
+        x.seqused_q = torch.tensor([sq, 70], dtype=torch.int32)
+    check(x, schedules=3, programs=1 + seed % 3)
+
+
 def test_keys_that_no_query_sees_may_hold_nan() -> None:
     """Top-left causal with more keys than queries: the copy engine brings whole blocks of them all the same."""
     for sq, sk in ((130, 200), (130, 500), (256, 300), (200, 129)):

@@ -166,3 +166,35 @@ def test_extras_name_what_a_call_asks_beyond() -> None:
     x = inputs(seqused_k=torch.zeros(1, dtype=torch.int32), page_table=torch.zeros(1, 4, dtype=torch.int32))
     x.k = x.v = torch.empty(0, 16, 2, 128, dtype=torch.bfloat16)  # a descriptor needs a size of 1 at least
     assert problem_of(x).extras == ("cache without a page",)
+
+
+def small(sq: int, sk: int, **other: Any) -> Problem:
+    """32 heads of dimension 64."""
+    return problem(32, 32, other.pop("batch", 4), sq, sk, 64, **{"device_type": "cuda", **other})
+
+
+@pytest.mark.parametrize(
+    ("p", "rows"),
+    [
+        (small(4096, 4096), 192),
+        (small(2048, 2048), 192),
+        (small(1024, 1024), 128),  # few blocks a tile
+        (small(4096, 4096, window_right=0), 128),
+        (small(8192, 8192, window_right=0), 192),
+        (small(8192, 1024), 128),
+        (small(2112, 2112, batch=1), 192),  # 352 tiles in 3 rounds of 132, or 544 in 5
+        (small(2048, 2048, batch=1), 128),  # 352 tiles in 3 rounds, or 512 in 4 that hold fewer rows
+        (small(8192, 8192, window_left=4096, window_right=0), 128),
+        (small(8192, 8192, kv_layout="paged", page_size=64), 128),
+        (small(8192, 8192, q_layout="ragged"), 128),
+        (small(8192, 8192, lengths_on_device=True), 128),
+        (small(8192, 8192, tensor_mask=True), 128),
+        (problem(32, 8, 4, 8192, 8192, 128, device_type="cuda"), 128),
+    ],
+)
+def test_three_consumers_where_tiles_see_many_blocks(p: Problem, rows: int) -> None:
+    plan = plan_hopper(p, H200, triton_rows=2**31)
+    assert isinstance(plan, Plan)
+    assert plan.block_m == rows
+    assert plan.tiles_per_sequence == -(-p.max_seqlen_q // rows)
+    assert plan.num_warps == (12 if rows == 128 else 16)

@@ -16,9 +16,8 @@ from headfold.kernels.hopper.layouts import (
     accumulator,
     shared_layout,
     store_layout,
-    weights_layout,
 )
-from headfold.kernels.hopper.schedule import receive
+from headfold.kernels.hopper.schedule import pass_turn, receive, wait_turn
 from headfold.kernels.hopper.spans import EDGE, full_blocks, sequence, tile_blocks
 
 
@@ -30,14 +29,28 @@ def matrix(buffer, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def hide(scores, first, window, sk, key):
-    """`scores` of the block from `key` on, -inf where a row does not see the key. Row i stands at key `first` + i."""
-    row = gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, scores.type.layout))
-    column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
-    low = row + (first - window[0] - key)
+def hide(scores, first, window, sk, key, LEFT: gl.constexpr):
+    """`scores` of the block from `key` on, -inf where a row does not see the key. Row i stands at key `first` + i.
+
+    A thread's columns are 8 i + 2 lane + j. Seen with a dimension for each, i is a constant that a comparison takes as
+    it is; column numbers would take 32 registers. Without LEFT the left side of the window is open.
+    """
+    ROWS: gl.constexpr = scores.shape[0]
+    COLUMNS: gl.constexpr = scores.shape[1]
+    view = scores.reshape([ROWS, COLUMNS // 8, 4, 2])
+    layout: gl.constexpr = view.type.layout
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout))))
+    eight = gl.arange(0, COLUMNS // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout)))) * 8
+    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout)))) * 2
+    pair = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))
+    column = lane[None, None, :, None] + pair[None, None, None, :]
     high = gl.minimum(row + (first + window[1] + 1 - key), sk - key)
-    seen = (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
-    return gl.where(seen, scores, float("-inf"))
+    seen = eight[None, :, None, None] < high[:, None, None, None] - column
+    if LEFT:
+        low = row + (first - window[0] - key)
+        seen = seen & (eight[None, :, None, None] >= low[:, None, None, None] - column)
+    view = gl.where(seen, view, float("-inf"))
+    return gl.convert_layout(view.reshape([ROWS, COLUMNS]), scores.type.layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -59,14 +72,21 @@ def attend(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
+    LEFT: gl.constexpr,
+    GROUP: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):
     """Blocks blocks[0]-1 down to blocks[1]: the scores of a block are under way while the one before it is weighed."""
-    weights, acc, row_max, row_sum = state
-    k_full, k_free, v_full, v_free = bars
+    words, acc, row_max, row_sum = state
+    k_full, k_free, v_full, v_free, turns = bars
+    IN_TURN: gl.constexpr = GROUPS > 2
     for i in range(blocks[0] - blocks[1]):
         stage = count % STAGES
         older = (count - 1) % STAGES
         mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+        if IN_TURN:
+            mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
+            wait_turn(turns, count, GROUP)
         keys = matrix(k_buffers.index(stage), BLOCK_N, HEAD_DIM)
         scores = warpgroup_mma(
             query,
@@ -75,21 +95,24 @@ def attend(
             use_acc=False,
             is_async=True,
         )
-        mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
+        if not IN_TURN:
+            mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
         values = matrix(v_buffers.index(older), BLOCK_N, HEAD_DIM_V)
-        acc = warpgroup_mma(weights, values, acc, is_async=True)
+        acc = warpgroup_mma(softmax.unpack(words, query.dtype), values, acc, is_async=True)
+        if IN_TURN:
+            pass_turn(turns, GROUP, GROUPS)
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_free.index(stage), count=1)
         if MASKED:
             key = low + (blocks[0] - 1 - i) * BLOCK_N
-            scores = hide(scores, own, window, sk, key)
-        p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, MASKED)
+            scores = hide(scores, own, window, sk, key, LEFT)
+        weights, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, MASKED)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_free.index(older), count=1)
         acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
-        weights = gl.convert_layout(p.to(query.dtype), weights_layout(BLOCK_N))
+        words = softmax.pack(weights, query.dtype)
         count += 1
-    return (weights, acc, row_max, row_sum), count
+    return (words, acc, row_max, row_sum), count
 
 
 @gluon.jit
@@ -196,18 +219,18 @@ def consume(
     LEFT: gl.constexpr,
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces."""
-    reads, bars, letters, Out, Lse, lengths, bottom_right, shape, window, total, scale_log2 = common
+    reads, bars, letters, Out, Lse, lengths, bottom_right, shape, window, scale_log2 = common
     q_buffers, k_buffers, v_buffers, staging = reads
-    q_full, q_free, k_full, k_free, v_full, v_free = bars
+    q_full, q_free, k_full, k_free, v_full, v_free, turns = bars
     mail, posted, taken = letters
     out_base, out_strides = Out
     lse_base, lse_strides = Lse
-    rows: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
+    IN_TURN: gl.constexpr = GROUPS > 2
     query = matrix(q_buffers.index(GROUP), GROUP_ROWS, HEAD_DIM)
     turn = 0
     count = 0
     number, entry, head, tile = receive(turn, shape, mail, posted, taken, VARLEN)
-    while number < total:
+    while number >= 0:
         q_batch, q_first, sq, k_batch, k_first, sk = sequence(entry, lengths, VARLEN)
         first = tile * (GROUP_ROWS * GROUPS)
         shift = (sk - sq) * bottom_right
@@ -222,6 +245,8 @@ def consume(
         )  # fmt: skip
         mbarrier.wait(q_full.index(GROUP), turn & 1)
         mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+        if IN_TURN:
+            wait_turn(turns, count, GROUP)
         keys = matrix(k_buffers.index(stage), BLOCK_N, HEAD_DIM)
         scores = warpgroup_mma(
             query,
@@ -230,44 +255,45 @@ def consume(
             use_acc=False,
             is_async=True,
         )
+        if IN_TURN:
+            pass_turn(turns, GROUP, GROUPS)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_free.index(stage), count=1)
         count += 1
         if (right < blocks) | (left == blocks):
-            scores = hide(scores, own + shift, window, sk, low + (blocks - 1) * BLOCK_N)
+            scores = hide(scores, own + shift, window, sk, low + (blocks - 1) * BLOCK_N, LEFT)
         left = gl.minimum(left, blocks - 1)
         right = gl.minimum(right, blocks - 1)
-        row_max = gl.full([GROUP_ROWS], float("-inf"), gl.float32, rows)
-        row_sum = gl.zeros([GROUP_ROWS], gl.float32, rows)
-        p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
-        weights = gl.convert_layout(p.to(query.dtype), weights_layout(BLOCK_N))
+        row_max, row_sum = softmax.begin(BLOCK_N)
+        weights, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
         acc = gl.zeros([GROUP_ROWS, HEAD_DIM_V], gl.float32, accumulator(HEAD_DIM_V))
-        state = (weights, acc, row_max, row_sum)
-        flow = (k_full, k_free, v_full, v_free)
+        state = (softmax.pack(weights, query.dtype), acc, row_max, row_sum)
+        flow = (k_full, k_free, v_full, v_free, turns)
         # Blocks that some row does not see in full lie at both ends.
         state, count = attend(
             state, query, k_buffers, v_buffers, flow, count, (blocks - 1, right), low, sk, own + shift, window,
-            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True,
+            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS,
         )  # fmt: skip
         state, count = attend(
             state, query, k_buffers, v_buffers, flow, count, (right, left), low, sk, own + shift, window,
-            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, False,
+            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, False, LEFT, GROUP, GROUPS,
         )  # fmt: skip
-        state, count = attend(
-            state, query, k_buffers, v_buffers, flow, count, (left, 0), low, sk, own + shift, window,
-            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True,
-        )  # fmt: skip
+        if LEFT:
+            state, count = attend(
+                state, query, k_buffers, v_buffers, flow, count, (left, 0), low, sk, own + shift, window,
+                scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS,
+            )  # fmt: skip
         # The next tile's queries come while this one is finished.
         if not SHARED:
             mbarrier.arrive(q_free.index(GROUP), count=1)
-        weights, acc, row_max, row_sum = state
+        words, acc, row_max, row_sum = state
         older = (count - 1) % STAGES
         mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
         values = matrix(v_buffers.index(older), BLOCK_N, HEAD_DIM_V)
         if LEFT:
             if start > low:
                 zero_front(values, start - low, HEAD_DIM_V)
-        acc = warpgroup_mma(weights, values, acc, is_async=True)
+        acc = warpgroup_mma(softmax.unpack(words, query.dtype), values, acc, is_async=True)
         turn += 1
         # Divisions, while the tensor cores work.
         number, following, next_head, tile = receive(turn, shape, mail, posted, taken, VARLEN)

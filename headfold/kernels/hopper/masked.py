@@ -73,29 +73,27 @@ def consume_masked(
     VARLEN: gl.constexpr,
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces."""
-    reads, flow, letters, Out, Lse, lengths, bottom_right, shape, window, total, scale_log2 = common
+    reads, flow, letters, Out, Lse, lengths, bottom_right, shape, window, scale_log2 = common
     q_buffers, k_buffers, v_buffers, staging = reads
-    q_full, q_free, k_full, k_free, v_full, v_free = flow
+    q_full, q_free, k_full, k_free, v_full, v_free, turns = flow
     mail, posted, taken = letters
     out_base, out_strides = Out
     lse_base, lse_strides = Lse
     layout: gl.constexpr = accumulator(BLOCK_N)
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
     ADDED: gl.constexpr = mask_buffers.dtype.is_floating()
     query = matrix(q_buffers.index(GROUP), GROUP_ROWS, HEAD_DIM)
     scale = scale_log2 * 0.6931471805599453
     turn = 0
     count = 0
     number, entry, head, tile = receive(turn, shape, mail, posted, taken, VARLEN)
-    while number < total:
+    while number >= 0:
         q_batch, q_first, sq, k_batch, k_first, sk = sequence(entry, lengths, VARLEN)
         first = tile * (GROUP_ROWS * GROUPS)
         shift = (sk - sq) * bottom_right
         _, low, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, False)
         own = first + GROUP * GROUP_ROWS
         left, right = full_blocks(own, GROUP_ROWS, sq, sk, shift, window, low, blocks, BLOCK_N)
-        row_max = gl.full([GROUP_ROWS], float("-inf"), gl.float32, rows)
-        row_sum = gl.zeros([GROUP_ROWS], gl.float32, rows)
+        row_max, row_sum = softmax.begin(BLOCK_N)
         acc = gl.zeros([GROUP_ROWS, HEAD_DIM_V], gl.float32, accumulator(HEAD_DIM_V))
         mbarrier.wait(q_full.index(GROUP), turn & 1)
         zero_unseen(
@@ -119,15 +117,17 @@ def consume_masked(
                     scores = gl.where(bias != 0, scores, float("-inf"))
                 release(k_free.index(stage))
                 if (block < left) | (block >= right):
-                    scores = hide(scores, own + shift, window, sk, low + block * BLOCK_N)
+                    scores = hide(scores, own + shift, window, sk, low + block * BLOCK_N, True)
                 if ADDED:
-                    p, shrink, row_max, row_sum = softmax.step_biased(scores, row_max, row_sum)
+                    weights, shrink, row_max, row_sum = softmax.step_biased(scores, row_max, row_sum)
                 else:
-                    p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
+                    weights, shrink, row_max, row_sum = softmax.step(
+                        scores, row_max, row_sum, scale_log2, True
+                    )
                 acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
-                weights = gl.convert_layout(p.to(query.dtype), weights_layout(BLOCK_N))
+                operand = gl.convert_layout(weights.to(query.dtype), weights_layout(BLOCK_N))
                 mbarrier.wait(v_full.index(stage), phase)
-                acc = warpgroup_mma(weights, matrix(v_buffers.index(stage), BLOCK_N, HEAD_DIM_V), acc)
+                acc = warpgroup_mma(operand, matrix(v_buffers.index(stage), BLOCK_N, HEAD_DIM_V), acc)
             else:
                 release(k_free.index(stage))
                 mbarrier.wait(v_full.index(stage), phase)

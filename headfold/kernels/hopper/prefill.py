@@ -7,8 +7,9 @@ from headfold.kernels.hopper.masked import consume_masked
 from headfold.kernels.hopper.producer import produce
 from headfold.kernels.hopper.schedule import LETTER
 
-# Registers a thread at the start: 12 warps share 65,536, and hand them over to the consumers (240) afterwards.
-MAX_REGISTERS = 168
+# Registers a thread at the start, by the number of consumers: 12 or 16 warps share 65,536, and hand them over to the
+# consumers (240 or 160) afterwards.
+MAX_REGISTERS = {2: 168, 3: 128}
 
 INTEGERS = (
     "has_cu_q has_cu_k has_used_q has_used_k sq sk bottom_right heads group tiles section units "
@@ -78,9 +79,9 @@ def prefill_kernel(
     VARLEN: gl.constexpr,
     LEFT: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):
     """Grid: one program a multiprocessor."""
-    GROUPS: gl.constexpr = 2
     dtype: gl.constexpr = q_desc.dtype
     q_buffers = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, GROUP_ROWS, HEAD_DIM], q_desc.layout)
     k_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
@@ -94,6 +95,7 @@ def prefill_kernel(
     v_free = barriers(STAGES, GROUPS)
     posted = barriers(2, 1)
     taken = barriers(2, GROUPS)
+    turns = barriers(GROUPS, 1)
     mask_buffers = k_buffers  # not used without a mask
     if MASKED:
         mask_buffers = gl.allocate_shared_memory(
@@ -116,14 +118,14 @@ def prefill_kernel(
     letters = (mail, posted, taken)
     results = (Out, (out_stride_b, out_stride_s, out_stride_h))
     lses = (Lse, (lse_stride_b, lse_stride_s, lse_stride_h))
-    flow = (q_full, q_free, k_full, k_free, v_full, v_free)
+    flow = (q_full, q_free, k_full, k_free, v_full, v_free, turns)
     reads = (q_buffers, k_buffers, v_buffers, staging)
     fetch = (
         (q_desc, k_desc, v_desc, mask_desc), (q_buffers, k_buffers, v_buffers, mask_buffers), flow, letters, counter,
         lengths, bottom_right, shape, window, (mask_step_b, mask_step_h), total, group,
         (page_table, table_stride, page_size, boxes), tile_list,
     )  # fmt: skip
-    common = (reads, flow, letters, results, lses, lengths, bottom_right, shape, window, total, scale_log2)
+    common = (reads, flow, letters, results, lses, lengths, bottom_right, shape, window, scale_log2)
     if MASKED:
         gl.warp_specialize(
             [
@@ -164,19 +166,39 @@ def prefill_kernel(
             [4, 1],
             [240, 24],
         )
+    elif GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                ),
+                (
+                    consume,
+                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                ),
+                (produce, (fetch, BLOCK_N, 2, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
     else:
         gl.warp_specialize(
             [
                 (
                     consume,
-                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
                 (
                     consume,
-                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
-                (produce, (fetch, BLOCK_N, GROUPS, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
+                (
+                    consume,
+                    (2, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                ),
+                (produce, (fetch, BLOCK_N, 3, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
             ],
-            [4, 1],
-            [240, 24],
+            [4, 4, 1],
+            [160, 160, 24],
         )

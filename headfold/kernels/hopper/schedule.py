@@ -10,12 +10,12 @@ def one_each(warps):
     return gl.BlockedLayout([1], [32], [warps], [0])
 
 
-LETTER = gl.constexpr(5)  # numbers in a letter
+LETTER = gl.constexpr(8)  # numbers that a letter has room for
 
 
 @gluon.jit
 def publish(number, found, turn, mail, posted, taken, VARLEN: gl.constexpr):
-    """Give the consumers the tile of their turn `turn`. Called by the producer; two letters may be under way.
+    """Give the consumers the tile of their turn `turn`, -1 at the end. By the producer; two letters may be under way.
 
     With VARLEN the letter says too what was `found` out about the tile: its sequence, head and number in both, and the
     sequence's place in the list, which the producer itself comes back to.
@@ -68,3 +68,14 @@ def sign_off(counter, programs):
     if gl.atomic_add(counter + 1, 1, sem="relaxed", scope="gpu") == programs - 1:
         gl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
         gl.atomic_xchg(counter + 1, 0, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
+def wait_turn(turns, count, GROUP: gl.constexpr):
+    """Wait until it is this consumer's turn to issue the products of block `count`; consumer 0 begins."""
+    mbarrier.wait(turns.index(GROUP), (count & 1) ^ (GROUP == 0))
+
+
+@gluon.jit
+def pass_turn(turns, GROUP: gl.constexpr, GROUPS: gl.constexpr):
+    mbarrier.arrive(turns.index((GROUP + 1) % GROUPS), count=1)

@@ -1,6 +1,34 @@
 """The running softmax of a consumer's 64 rows."""
 
 from headfold.kernels.hopper.compat import gl, gluon
+from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, weights_layout
+
+
+@gluon.jit
+def begin(BLOCK_N: gl.constexpr):
+    """(row maximum, row sum) before the first key."""
+    layout: gl.constexpr = accumulator(BLOCK_N)
+    row_max = gl.full([GROUP_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
+    return row_max, row_parts(gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, layout))
+
+
+@gluon.jit
+def row_parts(weights):
+    """The sum of each row in 4 parts, one for each thread that holds some of it.
+
+    The threads add them up once a tile, in `finish`: every block would exchange them twice.
+    """
+    ROWS: gl.constexpr = weights.shape[0]
+    COLUMNS: gl.constexpr = weights.shape[1]
+    owned = weights.reshape([ROWS, COLUMNS // 8, 4, 2]).permute([0, 2, 1, 3])
+    return gl.sum(owned.reshape([ROWS, 4, COLUMNS // 4]), 2)
+
+
+@gluon.jit
+def add(row_sum, shrink, weights):
+    """The row sum in parts, with the weights of another block."""
+    factor = gl.convert_layout(shrink, gl.SliceLayout(1, row_sum.type.layout))
+    return row_sum * factor[:, None] + row_parts(weights)
 
 
 @gluon.jit
@@ -17,7 +45,7 @@ def step(scores, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
     top = safe * scale_log2
     weights = gl.exp2(scores * scale_log2 - top[:, None])
     shrink = gl.exp2(row_max * scale_log2 - top)
-    return weights, shrink, new_max, row_sum * shrink + gl.sum(weights, 1)
+    return weights, shrink, new_max, add(row_sum, shrink, weights)
 
 
 @gluon.jit
@@ -33,13 +61,52 @@ def step_biased(scores, row_max, row_sum):
     top = safe * factor
     weights = gl.exp2(scores * factor[:, None] - top[:, None])
     shrink = gl.exp2(row_max * factor - top)
-    return weights, shrink, new_max, row_sum * shrink + gl.sum(weights, 1)
+    return weights, shrink, new_max, add(row_sum, shrink, weights)
 
 
 @gluon.jit
 def finish(row_max, row_sum, scale):
     """(1 / row sum, LSE in natural log) for a maximum in units of 1 / scale; a row without a key: factor 0, LSE -inf."""
-    empty = row_sum == 0.0
-    total = gl.where(empty, 1.0, row_sum)
+    total = gl.convert_layout(gl.sum(row_sum, 1), row_max.type.layout)
+    empty = total == 0.0
+    total = gl.where(empty, 1.0, total)
     lse = row_max * scale + gl.log2(total) * 0.6931471805599453
     return gl.where(empty, 0.0, 1.0 / total), gl.where(empty, float("-inf"), lse)
+
+
+@gluon.jit
+def pack(weights, dtype: gl.constexpr):
+    """The weights rounded to `dtype`, two neighbours in 32 bits.
+
+    Carried from block to block as 16-bit numbers they cost two more instructions a word, which swap its halves.
+    """
+    low, high = weights.reshape([weights.shape[0], weights.shape[1] // 2, 2]).split()
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+        )
+
+
+@gluon.jit
+def unpack(words, dtype: gl.constexpr):
+    """Packed weights as the left operand of a product, which lies in registers just so: no instruction at all."""
+    COLUMNS: gl.constexpr = words.shape[1] * 2
+    if dtype == gl.bfloat16:
+        low, high = gl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;",
+            "=h,=h,r",
+            [words],
+            dtype=(gl.bfloat16, gl.bfloat16),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        low, high = gl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=(gl.float16, gl.float16), is_pure=True, pack=1
+        )
+    weights = gl.join(low, high).reshape([words.shape[0], COLUMNS])
+    return gl.convert_layout(weights, weights_layout(COLUMNS), assert_trivial=True)
