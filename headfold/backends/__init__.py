@@ -52,12 +52,12 @@ def prepare(
     _, plan = plan_of(x, out)
     if plan.kernel == "none":
         return _nothing
-    if plan.backend == "triton":
+    if plan.backend == "cpu":
+        from headfold.backends.cpu import run as run_plan
+    elif plan.backend == "triton" or plan.kernel == "decode":  # decodes are launched alike
         from headfold.backends.triton import prepare as prepare_plan
 
         return prepare_plan(plan, x, out, lse)
-    if plan.backend == "cpu":
-        from headfold.backends.cpu import run as run_plan
     else:
         from headfold.backends.hopper import run as run_plan
     return partial(run_plan, plan)

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from headfold.backends import hopper_decode
 from headfold.backends.launch import Launcher
 from headfold.kernels.decode import decode_kernel
 from headfold.kernels.fixup import fixup_kernel
@@ -206,15 +207,20 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         *_scales(x),
         chunk,
     )
+    kernel, boxes = decode_kernel, _no_boxes
     variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    ranges = plan.ranges or items * plan.num_splits
-    launch = Launcher(decode_kernel, (ranges * lanes,), variant, options, x.q.device)
     feature_arguments = _feature_arguments if has_features(x) else _no_features
+    if plan.backend == "hopper":  # the same arguments without features, behind the boxes of K and V
+        kernel, boxes, variant, options = hopper_decode.program(plan, x, variant)
+        feature_arguments = hopper_decode.no_features
+    ranges = plan.ranges or items * plan.num_splits
+    launch = Launcher(kernel, (ranges * lanes,), variant, options, x.q.device)
     if not plan.workspace:
 
         def run_whole(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
-            launch((*_tensors(x, out, lse, x.early_lengths), *before, 0, 0, *after, *feature_arguments(x)))
+            tensors = _tensors(x, out, lse, x.early_lengths)
+            launch((*boxes(x), *tensors, *before, 0, 0, *after, *feature_arguments(x)))
 
         return run_whole
 
@@ -227,11 +233,16 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         states = workspace.data_ptr()
         state_lses = states + 4 * count * width
         tensors = _tensors(x, out, lse, x.early_lengths)
-        launch((*tensors, *before, states, state_lses, *after, *feature_arguments(x)))
+        launch((*boxes(x), *tensors, *before, states, state_lses, *after, *feature_arguments(x)))
         leftpad = address(x.cache_leftpad)
         merge((*tensors[3:9], leftpad, *merge_before, states, state_lses, *merge_after))
 
     return run
+
+
+def _no_boxes(x: Inputs) -> tuple[Any, ...]:
+    """What stands before the arguments of the Triton kernel."""
+    return ()
 
 
 def _reads_late(x: Inputs) -> bool:

@@ -1,9 +1,12 @@
-"""Plans for the Gluon kernel of Hopper GPUs: what it takes, its tile, its order of work."""
+"""Plans for the Gluon kernels of Hopper GPUs: what they take, their tiles, the prefill's order of work."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from headfold.planner.device import Device
 from headfold.planner.plan import Plan
+from headfold.planner.tiles import Tile
 from headfold.problem import Problem
 
 ROWS = 128  # two warpgroups of 64 query positions of one head
@@ -19,6 +22,12 @@ WORTH_ROWS = 1.3
 # 4096 keys and more, 32 MB best at 1024 (16 heads, b16, causal: 417 TFLOP/s against 398).
 SECTION_OF_L2 = 2 / 3
 
+# Folded rows of one consumer of the decode kernel, and how many consumers share a tile at the most.
+CONSUMER_ROWS = 64
+CONSUMERS = 2
+# Folded rows up to which the Triton decode kernel keeps up with memory.
+TRITON_ROWS = 16
+
 
 def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
     """The plan of `p` on the Hopper kernel, or the reason why it goes to the Triton kernel.
@@ -31,6 +40,8 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
     if device.arch != (9, 0) or p.device_type == "cpu":  # on CPU tensors kernels are interpreted
         return "the Triton kernel: the Gluon one is for Hopper GPUs"
     reason = refusal(p)
+    if not reason and p.pack_gqa and p.group > 1:
+        reason = "which does not fold, as pack_gqa=True asks"
     per_sequence = -(-p.max_seqlen_q // ROWS)
     # A ragged batch is laid out at its bound, and a tile past its sequence's end costs next to nothing.
     tiles = min(p.batch * per_sequence, -(-p.total_q // ROWS) + p.batch)
@@ -73,8 +84,57 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
     )
 
 
+def decode_tile(p: Problem, device: Device, rows: int) -> Tile | str:
+    """The decode kernel's tile for `rows` folded rows a sequence, or the reason why the Triton kernel takes them.
+
+    Empty where there is nothing to say: few rows, and other GPUs.
+    """
+    if device.arch != (9, 0) or p.device_type == "cpu" or rows <= TRITON_ROWS:
+        return ""
+    reason = refusal(p)
+    if not reason and p.tensor_mask:
+        reason = "whose decode has no masks"
+    if not reason and p.tokens_per_split:
+        reason = "which has no fixed splits"
+    if reason:
+        return f"the Triton kernel, not the Gluon one, {reason}"
+    consumers = min(CONSUMERS, -(-rows // CONSUMER_ROWS))
+    tile = Tile(CONSUMER_ROWS * consumers, block_keys(p), 4 * (consumers + 1), 1, tma=True)
+    stages = 1
+    while decode_memory(p, tile, stages + 1) <= device.smem:
+        stages += 1
+    return replace(tile, stages=stages)
+
+
+def decode_memory(p: Problem, tile: Tile, stages: int) -> int:
+    """Bytes of shared memory that the decode kernel needs, an upper bound."""
+    d, dv = tile_dim(p.head_dim), tile_dim(p.head_dim_v)
+    return (tile.rows * d + stages * tile.keys * (d + dv)) * p.dtype.itemsize + 1024
+
+
+def on_hopper(plan: Plan, p: Problem, tile: Tile) -> Plan:
+    """A decode's plan for the Triton kernel, as the Gluon one runs it in `tile`."""
+    box = page_rows(p) if p.kv_layout == "paged" else 0
+    consumers = tile.rows // CONSUMER_ROWS
+    what = "a warpgroup computes" if consumers == 1 else f"{consumers} warpgroups compute"
+    reasons = [
+        *plan.reasons,
+        f"{what} while a warp fetches through the copy engine (Gluon, docs/hopper.md)",
+        *([f"keys come in boxes of {box}, each from one page of {p.page_size}"] if box else []),
+    ]
+    return replace(
+        plan,
+        backend="hopper",
+        d_parts=(tile_dim(p.head_dim), 0),
+        dv_parts=(tile_dim(p.head_dim_v), 0),
+        page_rows=box,
+        shared_memory=decode_memory(p, tile, tile.stages),
+        reasons=tuple(reasons),
+    )
+
+
 def refusal(p: Problem) -> str:
-    """Why the kernel cannot run `p`, as the end of a sentence; empty when it can."""
+    """Why the kernels cannot run `p`, as the end of a sentence; empty when it can."""
     if p.dtype.itemsize != 2:
         return "which is for float16 and bfloat16"
     if not tile_dim(p.head_dim) or not tile_dim(p.head_dim_v):
@@ -85,8 +145,6 @@ def refusal(p: Problem) -> str:
         return "which has no masks over pages"
     if not p.aligned or not p.tma_strides:
         return "which needs rows of 16-byte multiples"
-    if p.pack_gqa and p.group > 1:
-        return "which does not fold, as pack_gqa=True asks"
     if p.extras:
         return f"which has no {' and no '.join(p.extras)}"
     return ""
