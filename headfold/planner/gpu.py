@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from headfold.planner.device import Device
 from headfold.planner import hopper
+from headfold.planner.device import Device
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import Form, Tile, decode_tile, padded, prefill_tile, shared_memory, split_dim
 from headfold.planner.work import key_span

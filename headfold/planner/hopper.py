@@ -27,6 +27,7 @@ CONSUMER_ROWS = 64
 CONSUMERS = 2
 # Folded rows up to which the Triton decode kernel keeps up with memory.
 TRITON_ROWS = 16
+MOST_STAGES = 6
 
 
 def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
@@ -54,7 +55,7 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
     keys = block_keys(p)
     head_bytes = p.max_seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
     section = max(1, int(device.l2 * SECTION_OF_L2) // head_bytes) * p.group
-    box = page_rows(p) if p.kv_layout == "paged" else 0
+    box = page_rows(p, keys) if p.kv_layout == "paged" else 0
     pages = (f"keys come in boxes of {box}, each from one page of {p.page_size}",) if box else ()
     workers = min(max(1, device.sms - p.sm_margin), p.batch * per_sequence * p.num_heads)
     return Plan(
@@ -98,11 +99,12 @@ def decode_tile(p: Problem, device: Device, rows: int) -> Tile | str:
         reason = "which has no fixed splits"
     if reason:
         return f"the Triton kernel, not the Gluon one, {reason}"
-    consumers = min(CONSUMERS, -(-rows // CONSUMER_ROWS))
+    # Two consumers of wide heads spill, and shared memory holds two stages for them.
+    consumers = 1 if block_keys(p) < 128 else min(CONSUMERS, -(-rows // CONSUMER_ROWS))
     tile = Tile(CONSUMER_ROWS * consumers, block_keys(p), 4 * (consumers + 1), 1, tma=True)
-    stages = 1
-    while decode_memory(p, tile, stages + 1) <= device.smem:
-        stages += 1
+    stages = MOST_STAGES
+    while decode_memory(p, tile, stages) > device.smem:
+        stages -= 1
     return replace(tile, stages=stages)
 
 
@@ -114,7 +116,7 @@ def decode_memory(p: Problem, tile: Tile, stages: int) -> int:
 
 def on_hopper(plan: Plan, p: Problem, tile: Tile) -> Plan:
     """A decode's plan for the Triton kernel, as the Gluon one runs it in `tile`."""
-    box = page_rows(p) if p.kv_layout == "paged" else 0
+    box = page_rows(p, tile.keys) if p.kv_layout == "paged" else 0
     consumers = tile.rows // CONSUMER_ROWS
     what = "a warpgroup computes" if consumers == 1 else f"{consumers} warpgroups compute"
     reasons = [
@@ -139,7 +141,7 @@ def refusal(p: Problem) -> str:
         return "which is for float16 and bfloat16"
     if not tile_dim(p.head_dim) or not tile_dim(p.head_dim_v):
         return f"whose tiles of 64, 128 or 256 columns would be padding by a third from {p.head_dim}/{p.head_dim_v}"
-    if p.kv_layout == "paged" and page_rows(p) < FEWEST_PAGE_ROWS:
+    if p.kv_layout == "paged" and page_rows(p, block_keys(p)) < FEWEST_PAGE_ROWS:
         return f"whose boxes of {FEWEST_PAGE_ROWS} keys or more would not lie in pages of {p.page_size}"
     if p.kv_layout == "paged" and p.tensor_mask:
         return "which has no masks over pages"
@@ -155,9 +157,10 @@ def block_keys(p: Problem) -> int:
     return 128 if max(tile_dim(p.head_dim), tile_dim(p.head_dim_v)) <= 128 else 64
 
 
-def page_rows(p: Problem) -> int:
-    """Keys of a box of a paged cache: the largest power of two that divides the page size and fits where blocks begin."""
-    most = min(block_keys(p), EDGE) if p.window_left is not None else block_keys(p)
+def page_rows(p: Problem, keys: int) -> int:
+    """Keys of a box of a paged cache: the largest power of two that divides the page size and fits where blocks of
+    `keys` begin."""
+    most = min(keys, EDGE) if p.window_left is not None else keys
     return min(p.page_size & -p.page_size, most)
 
 

@@ -327,9 +327,7 @@ class Language:
     """Stands for the modules `triton.experimental.gluon.language` and, in functions that both share, `triton.language`."""
 
     # Kernels before and after one run when it does not.
-    extra = SimpleNamespace(
-        cuda=SimpleNamespace(gdc_wait=lambda: None, gdc_launch_dependents=lambda: None)
-    )
+    extra = SimpleNamespace(cuda=SimpleNamespace(gdc_wait=lambda: None, gdc_launch_dependents=lambda: None))
 
     def __getattr__(self, name: str) -> Any:
         if name in LANGUAGE:

@@ -76,7 +76,9 @@ def merge(
         items = [(i, lane_tile) for i in range(x.batch)]
         if plan.tiles_per_sequence == 0:
             items = [_packed(plan, x, i) for i in range(plan.tiles)]
-        blocks = torch.tensor([_blocks(plan, x, i, tile) if tile * plan.block_m < many[i] else 0 for i, tile in items])
+        blocks = torch.tensor(
+            [_blocks(plan, x, i, tile) if tile * plan.block_m < many[i] else 0 for i, tile in items]
+        )
         starts, _ = schedule.list_of(blocks, plan.gap)
         even = bool((blocks == blocks[0]).all())
         ranges = plan.even_ranges if even else plan.ranges

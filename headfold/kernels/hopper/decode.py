@@ -6,7 +6,7 @@ kernel that merges them.
 
 import triton.language as tl
 
-from headfold.kernels.hopper.compat import fence_async_shared, gl, gluon, mbarrier
+from headfold.kernels.hopper.compat import fence_async_shared, gl, gluon
 from headfold.kernels.hopper.decode_consumer import consume
 from headfold.kernels.hopper.decode_producer import produce
 from headfold.kernels.hopper.decode_schedule import find_range
@@ -15,13 +15,12 @@ from headfold.kernels.hopper.prefill import barriers
 from headfold.kernels.parts.address import aligned, pointer
 from headfold.kernels.parts.division import divide
 
-# One consumer and the producer are 8 warps, two are 12: registers a thread at the start, of the producer, and what the
-# consumers have then.
-MAX_REGISTERS = 168
+# (registers of a thread at the start, of the producer), by consumers and whether heads are wider than 128: consumers have
+# what is left, 232 or 240. Few leave room for programs of the merge kernel beside this one: 16:4 d64 b16 s16384 takes
+# 70.2 us with 128 at the start, 75.2 with 168. The assembler refuses wide heads below 158.
+REGISTERS = {(1, False): (128, 24), (1, True): (168, 96), (2, False): (168, 40)}
 
-ADDRESSES = (
-    "Q K V Out Lse cu_seqlens_q cu_seqlens_k seqused_q seqused_k page_table states state_lses".split()
-)
+ADDRESSES = "Q K V Out Lse cu_seqlens_q cu_seqlens_k seqused_q seqused_k page_table states state_lses".split()
 NUMBERS = (
     "boxes sq_capacity sk_capacity grown room late batch tiles_per_sequence units units_magic units_shift lanes "
     "lanes_magic lanes_shift splits splits_magic splits_shift ranges even_ranges gap ahead extent extent_blocks "
@@ -156,6 +155,7 @@ def hopper_decode_kernel(
     STAGES: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
     ALIGN: gl.constexpr,
+    FETCH_REGISTERS: gl.constexpr,
     EARLY: gl.constexpr,
 ):
     """Grid: one program for each lane of each range.
@@ -249,7 +249,7 @@ def hopper_decode_kernel(
                 (fetch_when_ready, (fetches, begins, work, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS, EARLY)),
             ],
             [1],
-            [96],
+            [FETCH_REGISTERS],
         )
     else:
         gl.warp_specialize(
@@ -291,5 +291,5 @@ def hopper_decode_kernel(
                 (fetch_when_ready, (fetches, begins, work, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS, EARLY)),
             ],
             [4, 1],
-            [232, 40],
+            [232, FETCH_REGISTERS],
         )

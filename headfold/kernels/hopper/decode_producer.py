@@ -48,14 +48,17 @@ def produce(
         )
         if begin < end:
             entry = gl.where(ragged != 0, 0, seq)
+            following = (begin, begin)  # no pages
+            if PAGE_ROWS > 0:
+                following = look_up(pages, seq, low + begin * BLOCK_N, span[7], BLOCK_N, PAGE_ROWS)
             for i in range(begin, end):
                 key = low + i * BLOCK_N
+                found = following
                 stage = count % STAGES
                 phase = ((count // STAGES) & 1) ^ 1
                 where = (entry, span[2] + key)
-                found = (key, key)  # no pages
-                if PAGE_ROWS > 0:  # before the wait, which takes longer
-                    found = look_up(pages, seq, key, span[7], BLOCK_N, PAGE_ROWS)
+                if PAGE_ROWS > 0:  # a block ahead: the answer takes half as long as a block
+                    following = look_up(pages, seq, key + BLOCK_N, span[7], BLOCK_N, PAGE_ROWS)
                 mbarrier.wait(k_free.index(stage), phase)
                 fetch(
                     k_desc, where, found, kv_head, pages, k_full.index(stage), k_buffers, stage, BLOCK_N, PAGE_ROWS

@@ -19,7 +19,9 @@ def plus(a, b):
 
 
 @gluon.jit
-def list_costs(first, first_row, batch, lengths, fold, band, gap, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+def list_costs(
+    first, first_row, batch, lengths, fold, band, gap, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+):
     """(costs, blocks, numbers) of CHUNK sequences from `first` on; costs and blocks are 0 where the tile is not there."""
     i = first + gl.arange(0, CHUNK, one_each(4))
     _, sq, _, _, _, _, low, high = look_up(
@@ -32,7 +34,16 @@ def list_costs(first, first_row, batch, lengths, fold, band, gap, BLOCK_M: gl.co
 
 @gluon.jit
 def list_length(
-    first_row, batch, lengths, fold, band, gap, ranges, even_ranges, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+    first_row,
+    batch,
+    lengths,
+    fold,
+    band,
+    gap,
+    ranges,
+    even_ranges,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
 ):
     """(length of the list, gap behind each sequence, ranges that it is cut into)."""
     total = 0
@@ -69,7 +80,17 @@ def find_position(
 
 @gluon.jit
 def find_range(
-    r, first_row, batch, lengths, fold, band, gap, ranges, even_ranges, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+    r,
+    first_row,
+    batch,
+    lengths,
+    fold,
+    band,
+    gap,
+    ranges,
+    even_ranges,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
 ):
     """(first position of range r, its end, sequence that holds the first, where that starts, gap)."""
     total, gap, used = list_length(
