@@ -213,7 +213,8 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         *_scales(x),
         chunk,
     )
-    kernel, boxes = decode_kernel, _no_boxes
+    kernel = decode_kernel
+    boxes: Callable[[Inputs], tuple[Any, ...]] = _no_boxes
     variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
     feature_arguments = _feature_arguments if has_features(x) else _no_features
