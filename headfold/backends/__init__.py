@@ -65,12 +65,12 @@ def _prepare(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Run
         short = _prepare(plan.short, mixed.short_part(x, plan.short_queries, rows), out, lse)
         long = _prepare(replace(plan, short=None), replace(x, seqused_q=rows), out, lse)
         return mixed.prepare(plan.short_queries, short, long, x)
-    if plan.backend == "triton":
+    if plan.backend == "cpu":
+        from headfold.backends.cpu import run as run_plan
+    elif plan.backend == "triton" or plan.kernel == "decode":  # decodes are launched alike
         from headfold.backends.triton import prepare as prepare_plan
 
         return prepare_plan(plan, x, out, lse)
-    if plan.backend == "cpu":
-        from headfold.backends.cpu import run as run_plan
     else:
         from headfold.backends.hopper import run as run_plan
     return partial(run_plan, plan)

@@ -71,7 +71,7 @@ def launch_arguments(
     # Boxes of pages go into shared memory one by one: they are as wide as what lies there in one piece.
     box = (plan.page_rows, SWIZZLED // x.k.element_size()) if plan.page_rows else (keys, None)
     d, dv = plan.d_parts[0], plan.dv_parts[0]
-    q, k, v = (_by_head(t) for t in (x.q, x.k, x.v))
+    q, k, v = (by_head(t) for t in (x.q, x.k, x.v))
     mask, mask_steps = None, (0, 0)
     if x.mask is not None:
         dense = _unexpanded(x.mask)
@@ -130,7 +130,7 @@ def launch_arguments(
     return arguments, variant
 
 
-def _by_head(t: torch.Tensor) -> torch.Tensor:
+def by_head(t: torch.Tensor) -> torch.Tensor:
     """(batch, heads, rows, columns), a view; ragged tensors have one batch entry."""
     return (t if t.dim() == 4 else t.unsqueeze(0)).transpose(1, 2)
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from headfold.backends import Runner
+from headfold.backends import Runner, hopper_decode
 from headfold.backends.launch import Launcher
 from headfold.backends.workspace import workspace
 from headfold.kernels.decode import decode_kernel
@@ -31,6 +31,12 @@ KINDS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 # Columns that a program of the merge kernel takes: narrow, and of one warp, so that all its loads are in flight at once.
 # Over the loop alone 32:8 b1 s8192 takes 1.8 us, 3.6 with 128 columns and 4 warps.
 MERGE_WIDTH = 32
+# Programs that it has at the most, each of which takes rows in turn, and of a stream, where few tiles have anything to
+# merge, but at least MERGE_LEAST a tile: 32 rows of 32:8 b16 s8192 with lengths on the device take 7.7 us with a program
+# each, 2 in 8 a tile; 256 rows in 8 splits of a prefix of 8192 keys 13 us in 8192 programs, 10 in 2048.
+MERGE_PROGRAMS = 2048
+MERGE_STREAM = 512
+MERGE_LEAST = 8
 # States that it merges at a time, or four times as many: 64 splits of d256 take 15 us with 64, 19 with 16.
 FEW_STATES = 16
 # Blocks of K and V that a decode asks for before the kernel before it has ended. 32:8 b1 s8192 takes 13.6 us with none, 12.5
@@ -207,17 +213,22 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         chunk,
     )
     unwanted = lse.numel()  # floats where an LSE goes that nobody asked for
+    kernel = decode_kernel
+    boxes: Callable[[Inputs], tuple[Any, ...]] = _no_boxes
     variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    ranges = plan.ranges or items * plan.num_splits
-    launch = Launcher(decode_kernel, (ranges * lanes,), variant, options, x.q.device)
     feature_arguments = _feature_arguments if has_features(x) else _no_features
+    if plan.backend == "hopper":  # the same arguments without features, behind the boxes of K and V
+        kernel, boxes, variant, options = hopper_decode.program(plan, x, variant)
+        feature_arguments = hopper_decode.no_features
+    ranges = plan.ranges or items * plan.num_splits
+    launch = Launcher(kernel, (ranges * lanes,), variant, options, x.q.device)
     if not plan.workspace:
 
         def run_whole(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
             lse = workspace(x.q, unwanted) if lse is None else lse
             tensors = _tensors(x, out, lse.data_ptr(), x.early_lengths)
-            launch((*tensors, *before, 0, 0, *after, *feature_arguments(x)))
+            launch((*boxes(x), *tensors, *before, 0, 0, *after, *feature_arguments(x)))
 
         return run_whole
 
@@ -233,11 +244,16 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         state_lses = states + 4 * count * width
         lse_at = states + 4 * size if lse is None else lse.data_ptr()
         tensors = _tensors(x, out, lse_at, x.early_lengths)
-        launch((*tensors, *before, states, state_lses, *after, *feature_arguments(x)))
+        launch((*boxes(x), *tensors, *before, states, state_lses, *after, *feature_arguments(x)))
         leftpad = address(x.cache_leftpad)
         merge((*tensors[3:9], leftpad, *merge_before, states, state_lses, *merge_after))
 
     return run
+
+
+def _no_boxes(x: Inputs) -> tuple[Any, ...]:
+    """What stands before the arguments of the Triton kernel."""
+    return ()
 
 
 def _reads_late(x: Inputs) -> bool:
@@ -255,15 +271,19 @@ def _merge(plan: Plan, x: Inputs, variant: dict[str, Any], tiles: int, rows: int
     """The launcher of what follows a decode whose tiles several programs share; `rows` is the height of a state."""
     # A stream has many rows, of which few are merged: each program looks for its sequence, so there are few programs.
     wide = plan.ranges > 0 or plan.extent > 0
-    width = next_power_of_two(x.v.shape[-1]) if wide else MERGE_WIDTH
     # With fixed extents always the same: the order of summation must not depend on how long a sequence may be.
     few = plan.num_splits <= FEW_STATES or plan.extent > 0
+    wide = wide or (few and tiles * rows * -(-x.v.shape[-1] // MERGE_WIDTH) > MERGE_PROGRAMS)
+    width = next_power_of_two(x.v.shape[-1]) if wide else MERGE_WIDTH
+    columns = -(-x.v.shape[-1] // width)
+    most = MERGE_STREAM if plan.ranges > 0 else MERGE_PROGRAMS
+    programs = min(rows, max(MERGE_LEAST, most // (tiles * columns)))
     shared = ("ELEMENT", "HEAD_DIM_V", "BLOCK_M", "BLOCK_N", "ALIGN", "EARLY")
     merge_variant = {name: variant[name] for name in shared} | {
         "WIDTH": width,
         "STATES": FEW_STATES if few else 4 * FEW_STATES,
     }
-    grid = (tiles, rows * -(-x.v.shape[-1] // width))
+    grid = (tiles, columns * programs)
     return Launcher(merge_kernel, grid, merge_variant, {"num_warps": 1 if few else 2}, x.q.device)
 
 

@@ -90,11 +90,11 @@ def schedule_of(problem: Problem, plan: Plan, device: Device, lengths: Sequence[
         lengths: keys of every sequence, none above the problem's bound.
 
     Raises:
-        ValueError: a plan of another kernel than the Triton decode kernel, wrong lengths, or too many programs.
+        ValueError: a plan of another kernel than a GPU's decode kernels, wrong lengths, or too many programs.
     """
-    if plan.backend != "triton" or plan.kernel != "decode":
+    if plan.backend == "cpu" or plan.kernel != "decode":
         raise ValueError(
-            f"--picture draws plans of the triton decode kernel; this one is of the {plan.backend} {plan.kernel} kernel"
+            f"--picture draws plans of the decode kernels of GPUs; this one is of the {plan.backend} {plan.kernel} kernel"
         )
     if len(lengths) != problem.batch or not all(0 <= n <= problem.max_seqlen_k for n in lengths):
         raise ValueError(

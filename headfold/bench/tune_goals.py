@@ -97,7 +97,8 @@ def _case(
 
 
 def _suits(goal: Goal, device: Device) -> bool:
-    """True when every case runs in the goal's form: a device of few multiprocessors has no small calls, say."""
+    """True when every case runs in the goal's form: a device of few multiprocessors has no small calls, say, and a Hopper
+    GPU has the Gluon kernel for more than 16 rows."""
     smallest = _entries(goal, 16, 4, 2, 1)  # fits any shared memory
     return all(plan.own_tile for plan in _plans(goal, device, smallest))
 

@@ -67,7 +67,7 @@ def merge_kernel(
     WIDTH: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """Grid: (lanes of all sequences or packed tiles, rows of a tile x parts of WIDTH columns of one).
+    """Grid: (lanes of all sequences or packed tiles, programs of a tile x parts of WIDTH columns of a row).
 
     Arguments are those of `decode_kernel`. States are merged STATES at a time, in the order of their keys: the sums
     depend on nothing but how many there are.
@@ -120,9 +120,10 @@ def merge_kernel(
         # By every program: else this kernel could end before the one that it waits for.
         tl.extra.cuda.gdc_wait()
     columns: tl.constexpr = (HEAD_DIM_V + WIDTH - 1) // WIDTH
-    row = tl.program_id(1) // columns
-    if (row < rows) & (n > 1):
-        column = tl.program_id(1) % columns * WIDTH + tl.arange(0, WIDTH)
+    column = tl.program_id(1) % columns * WIDTH + tl.arange(0, WIDTH)
+    if n <= 1:
+        rows = 0  # the tile's one program has stored it
+    for row in range(tl.program_id(1) // columns, rows, tl.num_programs(1) // columns):
         acc = tl.zeros([WIDTH], tl.float32)
         top = float("-inf")
         total = 0.0

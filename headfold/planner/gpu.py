@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from headfold.planner import hopper
 from headfold.planner.device import Device
-from headfold.planner.hopper import plan_hopper
 from headfold.planner.mixed import short_queries
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import Form, Tile, decode_tile, padded, prefill_tile, shared_memory, split_dim
@@ -51,7 +51,10 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
     # A sequence whose splits are fixed must not get another tile for what else is in its batch.
     tile_rows = fold if p.tokens_per_split else rows
     form, why = decode_form(p, device, fold, tile_rows)
-    tile = tile_of(p, device, form, tile_rows)
+    gluon = hopper.decode_tile(p, device, tile_rows)
+    tile = gluon if isinstance(gluon, Tile) else tile_of(p, device, form, tile_rows)
+    if gluon and not isinstance(gluon, Tile):
+        reasons.append(gluon)
     slots = usable * tile.resident
     tiles, _, packed = count_tiles(p, fold, tile.rows)
     blocks = span_blocks(p, tile.keys)
@@ -81,7 +84,8 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
         reasons.append(
             f"the list of {p.batch} sequences is cut on the device into {ranges[0]} ranges of equal cost, {lanes} programs each"
         )
-    return _plan(p, device, "decode", tile, fold, splits, reasons, ranges)
+    plan = _plan(p, device, "decode", tile, fold, splits, reasons, ranges)
+    return hopper.on_hopper(plan, p, tile) if isinstance(gluon, Tile) else plan
 
 
 def with_short_sequences(whole: Plan, p: Problem, device: Device, fold: int) -> Plan:
@@ -121,10 +125,10 @@ def prefill_plan(p: Problem, device: Device, fold: int, reasons: list[str]) -> P
     reasons.append(
         f"{rows} folded rows a sequence fill {whole * units} tiles of {tile.rows}: no split needed"
     )
-    hopper = plan_hopper(p, device, whole * units * tile.rows)
-    if isinstance(hopper, Plan):
-        return hopper
-    reasons.append(hopper)
+    gluon = hopper.plan_hopper(p, device, whole * units * tile.rows)
+    if isinstance(gluon, Plan):
+        return gluon
+    reasons.append(gluon)
     return _plan(p, device, "prefill", tile, fold, 1, reasons)
 
 

@@ -1,9 +1,12 @@
-"""Plans for the Gluon kernel of Hopper GPUs: what it takes, its tile, its order of work."""
+"""Plans for the Gluon kernels of Hopper GPUs: what they take, their tiles, the prefill's order of work."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from headfold.planner.device import Device
 from headfold.planner.plan import Plan
+from headfold.planner.tiles import Tile
 from headfold.problem import Problem
 
 GROUP_ROWS = 64  # query positions of one head that a consumer warpgroup takes
@@ -26,6 +29,13 @@ WORTH_ROWS = 1.3
 # 4096 keys and more, 32 MB best at 1024 (16 heads, b16, causal: 417 TFLOP/s against 398).
 SECTION_OF_L2 = 2 / 3
 
+# Folded rows of one consumer of the decode kernel, and how many consumers share a tile at the most.
+CONSUMER_ROWS = 64
+CONSUMERS = 2
+# Folded rows up to which the Triton decode kernel keeps up with memory.
+TRITON_ROWS = 16
+MOST_STAGES = 6
+
 
 def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
     """The plan of `p` on the Hopper kernel, or the reason why it goes to the Triton kernel.
@@ -38,6 +48,8 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
     if device.arch != (9, 0) or p.device_type == "cpu":  # on CPU tensors kernels are interpreted
         return "the Triton kernel: the Gluon one is for Hopper GPUs"
     reason = refusal(p)
+    if not reason and p.pack_gqa and p.group > 1:
+        reason = "which does not fold, as pack_gqa=True asks"
     height = tile_rows(p, device)
     per_sequence = -(-p.max_seqlen_q // height)
     # A ragged batch is laid out at its bound, and a tile past its sequence's end costs next to nothing.
@@ -51,7 +63,7 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
     keys = block_keys(p)
     head_bytes = p.max_seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
     section = max(1, int(device.l2 * SECTION_OF_L2) // head_bytes) * p.group
-    box = page_rows(p) if p.kv_layout == "paged" else 0
+    box = page_rows(p, keys) if p.kv_layout == "paged" else 0
     pages = (f"keys come in boxes of {box}, each from one page of {p.page_size}",) if box else ()
     workers = min(max(1, device.sms - p.sm_margin), p.batch * per_sequence * p.num_heads)
     return Plan(
@@ -101,20 +113,68 @@ def tile_rows(p: Problem, device: Device) -> int:
     return tall if rounds(tall) < TALL_SPEED * rounds(short) else short
 
 
+def decode_tile(p: Problem, device: Device, rows: int) -> Tile | str:
+    """The decode kernel's tile for `rows` folded rows a sequence, or the reason why the Triton kernel takes them.
+
+    Empty where there is nothing to say: few rows, and other GPUs.
+    """
+    if device.arch != (9, 0) or p.device_type == "cpu" or rows <= TRITON_ROWS:
+        return ""
+    reason = refusal(p)
+    if not reason and p.tensor_mask:
+        reason = "whose decode has no masks"
+    if not reason and p.tokens_per_split:
+        reason = "which has no fixed splits"
+    if reason:
+        return f"the Triton kernel, not the Gluon one, {reason}"
+    # Two consumers of wide heads spill, and shared memory holds two stages for them.
+    consumers = 1 if block_keys(p) < 128 else min(CONSUMERS, -(-rows // CONSUMER_ROWS))
+    tile = Tile(CONSUMER_ROWS * consumers, block_keys(p), 4 * (consumers + 1), 1, tma=True)
+    stages = MOST_STAGES
+    while decode_memory(p, tile, stages) > device.smem:
+        stages -= 1
+    return replace(tile, stages=stages)
+
+
+def decode_memory(p: Problem, tile: Tile, stages: int) -> int:
+    """Bytes of shared memory that the decode kernel needs, an upper bound."""
+    d, dv = tile_dim(p.head_dim), tile_dim(p.head_dim_v)
+    return (tile.rows * d + stages * tile.keys * (d + dv)) * p.dtype.itemsize + 1024
+
+
+def on_hopper(plan: Plan, p: Problem, tile: Tile) -> Plan:
+    """A decode's plan for the Triton kernel, as the Gluon one runs it in `tile`."""
+    box = page_rows(p, tile.keys) if p.kv_layout == "paged" else 0
+    consumers = tile.rows // CONSUMER_ROWS
+    what = "a warpgroup computes" if consumers == 1 else f"{consumers} warpgroups compute"
+    reasons = [
+        *plan.reasons,
+        f"{what} while a warp fetches through the copy engine (Gluon, docs/hopper.md)",
+        *([f"keys come in boxes of {box}, each from one page of {p.page_size}"] if box else []),
+    ]
+    return replace(
+        plan,
+        backend="hopper",
+        d_parts=(tile_dim(p.head_dim), 0),
+        dv_parts=(tile_dim(p.head_dim_v), 0),
+        page_rows=box,
+        shared_memory=decode_memory(p, tile, tile.stages),
+        reasons=tuple(reasons),
+    )
+
+
 def refusal(p: Problem) -> str:
-    """Why the kernel cannot run `p`, as the end of a sentence; empty when it can."""
+    """Why the kernels cannot run `p`, as the end of a sentence; empty when it can."""
     if p.dtype.itemsize != 2:
         return "which is for float16 and bfloat16"
     if not tile_dim(p.head_dim) or not tile_dim(p.head_dim_v):
         return f"whose tiles of 64, 128 or 256 columns would be padding by a third from {p.head_dim}/{p.head_dim_v}"
-    if p.kv_layout == "paged" and page_rows(p) < FEWEST_PAGE_ROWS:
+    if p.kv_layout == "paged" and page_rows(p, block_keys(p)) < FEWEST_PAGE_ROWS:
         return f"whose boxes of {FEWEST_PAGE_ROWS} keys or more would not lie in pages of {p.page_size}"
     if p.kv_layout == "paged" and p.tensor_mask:
         return "which has no masks over pages"
     if not p.aligned or not p.tma_strides:
         return "which needs rows of 16-byte multiples"
-    if p.pack_gqa and p.group > 1:
-        return "which does not fold, as pack_gqa=True asks"
     if p.extras:
         return f"which has no {' and no '.join(p.extras)}"
     return ""
@@ -125,9 +185,10 @@ def block_keys(p: Problem) -> int:
     return 128 if max(tile_dim(p.head_dim), tile_dim(p.head_dim_v)) <= 128 else 64
 
 
-def page_rows(p: Problem) -> int:
-    """Keys of a box of a paged cache: the largest power of two that divides the page size and fits where blocks begin."""
-    most = min(block_keys(p), EDGE) if p.window_left is not None else block_keys(p)
+def page_rows(p: Problem, keys: int) -> int:
+    """Keys of a box of a paged cache: the largest power of two that divides the page size and fits where blocks of
+    `keys` begin."""
+    most = min(keys, EDGE) if p.window_left is not None else keys
     return min(p.page_size & -p.page_size, most)
 
 

@@ -1,4 +1,4 @@
-"""Compile the Gluon kernel's variants without a GPU, with the launcher's own arguments.
+"""Compile the Gluon kernels' variants without a GPU, with the launcher's own arguments.
 
     python -m tests.aot.compile_hopper > report.json
 
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from headfold.backends.hopper import launch_arguments
+from headfold.backends.launch import compile_only
+from headfold.backends.triton import prepare
 from headfold.kernels.hopper.prefill import prefill_kernel
-from headfold.planner import DEVICES, Plan
+from headfold.planner import DEVICES, Plan, make_plan
 from headfold.planner.hopper import plan_hopper
 from headfold.problem import Inputs, problem_of
 from tests.aot.compile_variants import TargetOnly, figures
@@ -82,9 +84,40 @@ def compiled(x: Inputs) -> tuple[Plan, Any]:
     return plan, prefill_kernel.run(*arguments, counter, grid=(plan.workers,), warmup=True, **variant)
 
 
-def block_loop_spills(kernel: Any) -> int:
+def decodes() -> dict[str, Inputs]:
+    """name -> a call that compiles to a program of the decode kernel."""
+    found = {}
+    for d, dv in ((64, 64), (128, 128), (256, 256), (192, 128)):
+        for sq, rows in ((8, 64), (64, 128)) if d < 192 else ((8, 64),):
+            for page_size in (0, 8, 64) if d != 192 else (0, 16):
+                x = paged(d, dv, page_size) if page_size else call(d, dv)
+                # Long enough to be split rather than prefilled.
+                batch, keys = (2, 4096) if sq == 8 else (1, 65536)
+                if page_size:
+                    x.page_table = torch.empty(batch, keys // page_size, dtype=torch.int32)
+                else:
+                    x.k, x.v = (torch.empty(batch, keys, 2, n, dtype=x.q.dtype) for n in (d, dv))
+                x.q, x.seqused_k = x.q[:batch, :sq], torch.empty(batch, dtype=torch.int32)
+                pages = f"pages of {page_size}" if page_size else "rows"
+                found[f"decode d{d}/{dv} tiles of {rows}, {pages}"] = x
+    return found
+
+
+def compiled_decode(x: Inputs) -> tuple[Plan, Any]:
+    """The plan of a decode and its compiled kernel."""
+    problem = dataclasses.replace(problem_of(x), device_type="cuda")
+    plan = make_plan(problem, DEVICES["h200"])
+    assert (plan.backend, plan.kernel) == ("hopper", "decode"), plan.reasons
+    out, lse = torch.empty(x.out_shape, dtype=x.q.dtype), torch.empty(x.lse_shape)
+    with compile_only() as done:
+        prepare(plan, x, out, lse)(x, out, lse)
+    return plan, dict(done)["hopper_decode_kernel"]
+
+
+def block_loop_spills(kernel: Any, decode: bool = False) -> int:
     """Local loads and stores in the loops over blocks: the innermost ones that hold products, and those that hold some
-    of the copies but not all, as the producer's loop over tiles does."""
+    of the copies but not all, as the prefill producer's loop over tiles does; of a decode, whose producer fetches nothing
+    else, the innermost one that holds all copies."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -105,7 +138,10 @@ def block_loop_spills(kernel: Any) -> int:
     inner = [
         (a, b) for a, b in holding if not any((c, d) != (a, b) and a <= c and d <= b for c, d in holding)
     ]
-    fetching = [(a, b) for a, b in loops if 0 < sum(a <= c <= b for c in copies) < len(copies)]
+    held = {(a, b): sum(a <= c <= b for c in copies) for a, b in loops}
+    fetching = [loop for loop, n in held.items() if 0 < n < len(copies)]
+    if decode:
+        fetching = [min((loop for loop, n in held.items() if n == len(copies)), key=lambda ab: ab[1] - ab[0])]
     assert inner
     assert fetching
     spills = [address for address, text in code if re.search(r"\b(STL|LDL)\b", text)]
@@ -122,6 +158,10 @@ def main() -> None:
         plan, kernel = compiled(x)
         report[name] = {**figures(kernel, 90), "planned": plan.shared_memory, "rows": plan.block_m}
         report[name]["block_loop_spills"] = block_loop_spills(kernel)
+    for name, x in decodes().items():
+        plan, kernel = compiled_decode(x)
+        report[name] = {**figures(kernel, 90), "planned": plan.shared_memory}
+        report[name]["block_loop_spills"] = block_loop_spills(kernel, decode=True)
     print(json.dumps(report))
 
 

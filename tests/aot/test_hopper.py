@@ -1,4 +1,4 @@
-"""What the compiler makes of the Gluon kernel: it fits, keeps its registers in its loops, and its products in flight."""
+"""What the compiler makes of the Gluon kernels: they fit, keep their registers in their loops, and products in flight."""
 
 from __future__ import annotations
 

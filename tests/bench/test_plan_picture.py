@@ -60,7 +60,7 @@ def test_the_command_draws_a_shape_or_a_case(tmp_path: Path) -> None:
         (["--picture", "p.png", "--lengths", "5"], "--lengths has 1 entries up to 5; it must hold 2"),
         (
             ["--picture", "p.png", "--queries", "4096", "--causal"],
-            "--picture draws plans of the triton decode",
+            "--picture draws plans of the decode kernels of GPUs",
         ),
         (["--picture", "p.png", "--device", "cpu"], "this one is of the cpu"),
     ],

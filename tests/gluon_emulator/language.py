@@ -22,6 +22,7 @@ from tests.gluon_emulator.values import (
     Tensor,
     Value,
     binary,
+    cast,
     common_dtype,
     number,
     operands,
@@ -108,7 +109,11 @@ def cdiv(a: Any, b: Any) -> Any:
 def where(condition: Tensor | Scalar, a: Any, b: Any) -> Any:
     dtype = common_dtype(a, b) if isinstance(a, Value) or isinstance(b, Value) else number(a).dtype
     if isinstance(condition, Scalar):
-        return number(a if condition else b).to(dtype)
+        tensor = next((one for one in (a, b) if isinstance(one, Tensor)), None)
+        chosen = a if condition else b
+        if tensor is None or isinstance(chosen, Tensor):
+            return (chosen if isinstance(chosen, Tensor) else number(chosen)).to(dtype)
+        return full(tensor.shape, chosen, dtype, tensor.layout)
     for one in (a, b):
         if isinstance(one, Tensor) and one.layout != condition.layout:
             raise ValueError(f"layouts differ: {condition.layout} and {one.layout}")
@@ -140,6 +145,39 @@ def maximum_of(x: Tensor, axis: int) -> Any:
         return _reduced(x, x.data.amax(axis), axis)
     kept = x.data.masked_fill(x.data.isnan(), -torch.inf).amax(axis)
     return _reduced(x, torch.where(x.data.isnan().all(axis), torch.nan, kept).to(x.data.dtype), axis)
+
+
+def minimum_of(x: Tensor, axis: int) -> Any:
+    """`gl.min` of integers."""
+    if x.dtype.is_floating():
+        raise NotImplementedError("the minimum of floating-point numbers")
+    return _reduced(x, x.data.amin(axis), axis)
+
+
+def associative_scan(x: Tensor, axis: int, combine: Callable[[Any, Any], Any]) -> Tensor:
+    """Element i of the result is elements 0..i of `x`, of one dimension, through `combine`."""
+    found = [number(n) for n in x.data.tolist()]
+    for i in range(1, len(found)):
+        found[i] = combine(found[i - 1], found[i])
+    return Tensor(cast(torch.tensor([int(n) for n in found]), x.dtype), x.layout)
+
+
+def divide(n: Any, by: tuple[Any, Any]) -> Any:
+    """`parts/division.py`, whose unsigned numbers of 64 bits torch has no arithmetic for."""
+    magic, shift = (int(one) for one in by)
+    if isinstance(n, Tensor):
+        return Tensor(cast((2 * n.data.long() * magic >> 32) >> shift, gl.int32), n.layout)
+    return Scalar((2 * int(n) * magic >> 32) >> shift, gl.int32)
+
+
+def pointer(address: Any, dtype: Any, alignment: int) -> Pointer:
+    """`parts/address.py`: a tensor's address is a Pointer here, and that of none 0."""
+    if not isinstance(address, Pointer):
+        assert address == 0
+        return Pointer(torch.zeros(1, dtype=TORCH[dtype]), number(0))
+    if address.dtype.element_ty != dtype:
+        raise TypeError(f"{address!r} taken for the address of {dtype}")
+    return address
 
 
 def sum_of(x: Tensor, axis: int) -> Any:
@@ -281,7 +319,9 @@ LANGUAGE: dict[str, Any] = {
     "exp2": exp2,
     "log2": log2,
     "max": maximum_of,
+    "min": minimum_of,
     "sum": sum_of,
+    "associative_scan": associative_scan,
     "reduce": reduce,
     "load": load,
     "store": store,
@@ -302,7 +342,10 @@ AS_IT_IS = (
 
 
 class Language:
-    """Stands for the module `triton.experimental.gluon.language`."""
+    """Stands for the modules `triton.experimental.gluon.language` and, in functions that both share, `triton.language`."""
+
+    # Kernels before and after one run when it does not.
+    extra = SimpleNamespace(cuda=SimpleNamespace(gdc_wait=lambda: None, gdc_launch_dependents=lambda: None))
 
     def __getattr__(self, name: str) -> Any:
         if name in LANGUAGE:

@@ -9,11 +9,13 @@ import textwrap
 from types import ModuleType
 from typing import Any
 
+from triton import language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import ConstexprFunction, JITFunction
 
-from tests.gluon_emulator import engines, shared
+from tests.gluon_emulator import engines, language, shared
 from tests.gluon_emulator.language import MBARRIER, Language, numbers
 from tests.gluon_emulator.values import Value, number
 
@@ -98,9 +100,14 @@ _functions: dict[int, Function] = {}
 def _table() -> dict[int, Any]:
     """id of a real thing -> the emulated one."""
     from headfold.kernels.hopper import compat
+    from headfold.kernels.parts import address, division
 
+    language_of_both = Language()
     return {
-        id(gl): Language(),
+        id(gl): language_of_both,
+        id(tl): language_of_both,
+        id(division.divide): language.divide,
+        id(address.pointer): language.pointer,
         id(hopper.mbarrier): MBARRIER,
         id(compat.tma_load): engines.tma_load,
         id(compat.barrier): shared.barrier,
@@ -118,7 +125,7 @@ def emulated(value: Any) -> Any:
     """What stands for `value` inside an emulated function."""
     if id(value) in _TABLE:
         return _TABLE[id(value)]
-    if isinstance(value, JITFunction):
+    if isinstance(value, JITFunction | InterpretedFunction):
         return _functions.setdefault(id(value), Function(value))
     if isinstance(value, ConstexprFunction):
         return value

@@ -227,6 +227,8 @@ def common_dtype(a: Any, b: Any) -> Any:
 def binary(name: str, a: Any, b: Any) -> Any:
     """`a` and `b` through the operator `name`, as Gluon does it: layouts that differ raise."""
     if isinstance(a, Pointer) or isinstance(b, Pointer):
+        if name in ("eq", "ne") and not isinstance(b, Pointer) and b == 0:  # whether a tensor was given
+            return Scalar(name == "ne", gl.int1)
         if name != "add":
             raise NotImplementedError(f"{name} of pointers")
         pointer, step = (a, b) if isinstance(a, Pointer) else (b, a)

@@ -1,1 +1,1 @@
-"""The prefill kernel for Hopper GPUs in Gluon: TMA, wgmma and warp specialisation. docs/hopper.md explains it."""
+"""The prefill and decode kernels for Hopper GPUs in Gluon: TMA, wgmma and warp specialisation. docs/hopper.md explains them."""

@@ -1,0 +1,217 @@
+"""The decode kernel's consumers: each a warpgroup that attends 64 folded rows of a tile to the program's blocks."""
+
+from headfold.kernels.hopper import softmax
+from headfold.kernels.hopper.compat import (
+    barrier,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from headfold.kernels.hopper.consumer import matrix
+from headfold.kernels.hopper.decode_schedule import share
+from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, store_layout, weights_layout
+from headfold.kernels.parts.division import divide
+from headfold.kernels.parts.spans import visible_keys
+
+
+@gluon.jit
+def hide(scores, row_low, row_high, key):
+    """`scores` of the block from `key` on, -inf where a row does not see the key."""
+    column = key + gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
+    seen = (column[None, :] >= row_low[:, None]) & (column[None, :] < row_high[:, None])
+    return gl.where(seen, scores, float("-inf"))
+
+
+@gluon.jit
+def zero_outside(values, key, low, high, HEAD_DIM_V: gl.constexpr):
+    """Zero the values of a block from `key` on that lie outside keys low..high, which no row of the tile sees.
+
+    They may hold NaN, and a weight of 0 does not help against that. Every consumer writes for itself: the others read
+    the same bytes or these zeros.
+    """
+    PART: gl.constexpr = 32
+    ROWS: gl.constexpr = values.type.shape[0]
+    layout: gl.constexpr = store_layout(HEAD_DIM_V)
+    if (key < low) | (key + ROWS > high):
+        for i in gl.static_range(ROWS // PART):
+            first = key + i * PART
+            if (first < low) | (first + PART > high):
+                part = values.slice(i * PART, PART)
+                index = first + gl.arange(0, PART, gl.SliceLayout(1, layout))
+                loaded = part.load(layout)
+                seen = (index >= low) & (index < high)
+                part.store(gl.where(seen[:, None], loaded, gl.zeros_like(loaded)))
+        fence_async_shared()
+        barrier()
+
+
+@gluon.jit
+def row_places(first_row, unit, fold, by_fold, layout: gl.constexpr):
+    """(query position, head, folded row) of the 64 rows from `first_row` on."""
+    row = first_row + gl.arange(0, GROUP_ROWS, layout)
+    position = divide(row, by_fold)
+    return position, unit * fold + row - position * fold, row
+
+
+@gluon.jit
+def load_queries(base, strides, first_row, rows, unit, fold, by_fold, buffer, HEAD_DIM: gl.constexpr):
+    """Gather 64 folded rows, 0 from row `rows` on, into shared memory. HEAD_DIM columns of them exist."""
+    COLUMNS: gl.constexpr = buffer.type.shape[1]
+    layout: gl.constexpr = store_layout(COLUMNS)
+    position, head, row = row_places(first_row, unit, fold, by_fold, gl.SliceLayout(1, layout))
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    at = position.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
+    live = (row < rows)[:, None] & (column < HEAD_DIM)[None, :]
+    loaded = gl.load(base + (at[:, None] + column[None, :]), mask=live, other=0.0)
+    barrier()  # all warps have done with the tile before
+    buffer.store(loaded)
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def store_rows(base, offsets, live, values, COLUMNS: gl.constexpr):
+    """Write the first COLUMNS columns of the live rows at `offsets`, rounded to the pointer's type."""
+    column = gl.arange(0, values.shape[1], gl.SliceLayout(0, values.type.layout))
+    mask = live[:, None] & (column < COLUMNS)[None, :]
+    gl.store(base + (offsets[:, None] + column[None, :]), values.to(base.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def attend(
+    query,
+    k_buffers,
+    v_buffers,
+    bars,
+    count,
+    first,
+    blocks,
+    seen,
+    full,
+    row_low,
+    row_high,
+    scale_log2,
+    TILE_D: gl.constexpr,
+    TILE_DV: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """`blocks` blocks of keys from key `first` on: (accumulator, row maximum, row sum, blocks counted so far).
+
+    The scores of a block are under way while the values of the one before it are weighed. `seen` are the keys that some
+    row of the tile sees, `full` those that every row of these 64 sees.
+    """
+    k_full, k_free, v_full, v_free = bars
+    rows: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
+    zeros = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, accumulator(BLOCK_N))
+    stage = count % STAGES
+    mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+    keys = matrix(k_buffers.index(stage), BLOCK_N, TILE_D)
+    scores = warpgroup_mma(query, keys.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(k_free.index(stage), count=1)
+    # Only a share's first block and its last hold values that nobody sees.
+    mbarrier.wait(v_full.index(stage), (count // STAGES) & 1)
+    zero_outside(matrix(v_buffers.index(stage), BLOCK_N, TILE_DV), first, seen[0], seen[1], TILE_DV)
+    scores = hide(scores, row_low, row_high, first)
+    row_max = gl.full([GROUP_ROWS], float("-inf"), gl.float32, rows)
+    row_sum = gl.zeros([GROUP_ROWS], gl.float32, rows)
+    p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
+    weights = gl.convert_layout(p.to(query.dtype), weights_layout(BLOCK_N))
+    acc = gl.zeros([GROUP_ROWS, TILE_DV], gl.float32, accumulator(TILE_DV))
+    count += 1
+    for i in range(1, blocks):
+        stage = count % STAGES
+        older = (count - 1) % STAGES
+        mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+        keys = matrix(k_buffers.index(stage), BLOCK_N, TILE_D)
+        scores = warpgroup_mma(query, keys.permute([1, 0]), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
+        values = matrix(v_buffers.index(older), BLOCK_N, TILE_DV)
+        acc = warpgroup_mma(weights, values, acc, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        mbarrier.arrive(k_free.index(stage), count=1)
+        key = first + i * BLOCK_N
+        if (key < full[0]) | (key + BLOCK_N > full[1]):
+            scores = hide(scores, row_low, row_high, key)
+        p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_free.index(older), count=1)
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
+        weights = gl.convert_layout(p.to(query.dtype), weights_layout(BLOCK_N))
+        count += 1
+    older = (count - 1) % STAGES
+    mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
+    values = matrix(v_buffers.index(older), BLOCK_N, TILE_DV)
+    if blocks > 1:
+        zero_outside(values, first + (blocks - 1) * BLOCK_N, seen[0], seen[1], TILE_DV)
+    acc = warpgroup_mma(weights, values, acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(v_free.index(older), count=1)
+    return acc, row_max, row_sum, count
+
+
+@gluon.jit
+def consume(
+    GROUP: gl.constexpr,
+    common,
+    begins,
+    work,
+    HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
+    TILE_D: gl.constexpr,
+    TILE_DV: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Rows GROUP * 64 to GROUP * 64 + 63 of the tile, over all of the program's shares."""
+    buffers, bars, Q, Out, Lse, states, unit, fold, by_fold, window, lane, scale_log2 = common
+    q_buffers, k_buffers, v_buffers = buffers
+    x, x_end, item, start, gap = begins
+    rows: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
+    out_rows: gl.constexpr = gl.SliceLayout(1, accumulator(TILE_DV))
+    query = q_buffers.index(GROUP)
+    count = 0
+    while x < x_end:
+        seq, first_row, span, low, begin, end, next_start, shared, state = share(
+            x, x_end, item, start, gap, work, BLOCK_M, BLOCK_N
+        )
+        if begin < end:
+            q_first, sq, _, _, sk, shift, key_low, key_high = span
+            own = first_row + GROUP * GROUP_ROWS
+            many = sq * fold
+            sequence = seq.to(gl.int64)
+            base = Q[0] + (sequence * Q[1] + q_first.to(gl.int64) * Q[2])
+            load_queries(base, (Q[2], Q[3]), own, many, unit, fold, by_fold, query, HEAD_DIM)
+            position, _, _ = row_places(own, unit, fold, by_fold, rows)
+            row_low, row_high = visible_keys(position, shift, window[0], window[1], 0, sk, False)
+            last = gl.maximum(gl.minimum(own + GROUP_ROWS, many) - 1, 0)
+            _, full_high = visible_keys(divide(own, by_fold), shift, window[0], window[1], 0, sk, False)
+            full_low, _ = visible_keys(divide(last, by_fold), shift, window[0], window[1], 0, sk, False)
+            acc, row_max, row_sum, count = attend(
+                query, k_buffers, v_buffers, bars, count, low + begin * BLOCK_N, end - begin, (key_low, key_high),
+                (full_low, full_high), row_low, row_high, scale_log2, TILE_D, TILE_DV, BLOCK_N, STAGES,
+            )  # fmt: skip
+            inverse, lse = softmax.finish(row_max, row_sum, scale_log2 * 0.6931471805599453)
+            acc = acc * gl.convert_layout(inverse, out_rows)[:, None]
+            position, head, row = row_places(own, unit, fold, by_fold, out_rows)
+            lse = gl.convert_layout(lse, out_rows)
+            live = row < many
+            if shared:
+                # Row by row as store_state of the Triton kernels leaves them for merge_kernel.
+                at = (state * lane[1] + lane[0]).to(gl.int64) * states[3] + (row - first_row)
+                store_rows(states[0], at * states[2], live, acc, HEAD_DIM_V)
+                gl.store(states[1] + at, lse, mask=live)
+            else:
+                where = position.to(gl.int64)
+                there = Out[0] + (sequence * Out[1] + q_first.to(gl.int64) * Out[2])
+                store_rows(there, where * Out[2] + head.to(gl.int64) * Out[3], live, acc, HEAD_DIM_V)
+                at = where * Lse[2] + head.to(gl.int64) * Lse[3]
+                gl.store(Lse[0] + (sequence * Lse[1] + q_first.to(gl.int64) * Lse[2]) + at, lse, mask=live)
+        x = next_start
+        start = next_start
+        item += 1

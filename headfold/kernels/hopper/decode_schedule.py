@@ -1,0 +1,143 @@
+"""What a program of the decode kernel works on: `parts/schedule.py` where a tensor has a layout.
+
+Scalar functions are the same ones. Those over the list of sequences are written again: their tensors need a layout here.
+"""
+
+from headfold.kernels.hopper.compat import gl, gluon
+from headfold.kernels.hopper.schedule import one_each
+from headfold.kernels.hopper.spans import EDGE
+from headfold.kernels.parts.division import divide
+from headfold.kernels.parts.schedule import count_blocks, look_up, range_start
+from headfold.kernels.parts.spans import find_sequence
+
+CHUNK = gl.constexpr(128)  # sequences that a program looks at at a time
+
+
+@gluon.jit
+def plus(a, b):
+    return a + b
+
+
+@gluon.jit
+def list_costs(
+    first, first_row, batch, lengths, fold, band, gap, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+):
+    """(costs, blocks, numbers) of CHUNK sequences from `first` on; costs and blocks are 0 where the tile is not there."""
+    i = first + gl.arange(0, CHUNK, one_each(4))
+    _, sq, _, _, _, _, low, high = look_up(
+        gl.minimum(i, batch - 1), first_row, lengths, fold, band, BLOCK_M, False
+    )
+    blocks = count_blocks(low, high, 0, 0, BLOCK_N)
+    live = (i < batch) & (first_row < sq * fold)
+    return gl.where(live, blocks + gap, 0), gl.where(live, blocks, 0), i
+
+
+@gluon.jit
+def list_length(
+    first_row,
+    batch,
+    lengths,
+    fold,
+    band,
+    gap,
+    ranges,
+    even_ranges,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """(length of the list, gap behind each sequence, ranges that it is cut into)."""
+    total = 0
+    count = 0
+    least = 2147483647
+    most = 0
+    for first in range(0, batch, CHUNK):
+        _, blocks, i = list_costs(first, first_row, batch, lengths, fold, band, 0, BLOCK_M, BLOCK_N)
+        total += gl.sum(blocks, 0)
+        count += gl.sum((blocks > 0).to(gl.int32), 0)
+        least = gl.minimum(least, gl.min(gl.where(i < batch, blocks, 2147483647), 0))
+        most = gl.maximum(most, gl.max(blocks, 0))
+    gap = gl.where(least == most, 0, gap)
+    return total + count * gap, gap, gl.where(least == most, even_ranges, ranges)
+
+
+@gluon.jit
+def find_position(
+    x, first_row, batch, lengths, fold, band, gap, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+):
+    """(sequence that holds position x of the list, position where it starts)."""
+    seq = 0
+    start = 0
+    base = 0
+    for first in range(0, batch, CHUNK):
+        costs, _, i = list_costs(first, first_row, batch, lengths, fold, band, gap, BLOCK_M, BLOCK_N)
+        ends = base + gl.associative_scan(costs, 0, plus)
+        before = (ends <= x) & (i < batch)
+        seq += gl.sum(before.to(gl.int32), 0)
+        start = gl.maximum(start, gl.max(gl.where(before, ends, 0), 0))
+        base = gl.max(ends, 0)
+    return seq, start
+
+
+@gluon.jit
+def find_range(
+    r,
+    first_row,
+    batch,
+    lengths,
+    fold,
+    band,
+    gap,
+    ranges,
+    even_ranges,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """(first position of range r, its end, sequence that holds the first, where that starts, gap)."""
+    total, gap, used = list_length(
+        first_row, batch, lengths, fold, band, gap, ranges, even_ranges, BLOCK_M, BLOCK_N
+    )
+    quotient = total // used
+    rest = total - quotient * used
+    x = range_start(gl.minimum(r, used), quotient, rest)
+    x_end = range_start(gl.minimum(r + 1, used), quotient, rest)
+    item, start = find_position(x, first_row, batch, lengths, fold, band, gap, BLOCK_M, BLOCK_N)
+    return x, x_end, item, start, gap
+
+
+@gluon.jit
+def share(x, x_end, item, start, gap, work, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """What a program owns of the sequence (or packed tile) `item`, as decode_kernel of the Triton kernels has it.
+
+    Returns (sequence, first row of the tile, its span, first key of its blocks, first block, end, position of the next
+    sequence, whether others own blocks of this tile too, number of the state). The span is what `look_up` returns. Blocks
+    begin at a multiple of EDGE keys, as boxes of pages must; the last block's owner has one more where that adds one.
+    """
+    r, part, lane_tile, lengths, fold, band, batch, splits, splits_by, tiles_per_sequence, ranges = work
+    seq = item
+    tile = lane_tile
+    if tiles_per_sequence == 0:
+        seq, tile = find_sequence(item, lengths[0], batch, fold, BLOCK_M)
+    first_row = tile * BLOCK_M
+    span = look_up(seq, first_row, lengths, fold, band, BLOCK_M, False)
+    key_low = span[6]
+    key_high = span[7]
+    blocks = 0
+    if first_row < span[1] * fold:
+        blocks = count_blocks(key_low, key_high, 0, 0, BLOCK_N)
+    state = r
+    shared = gl.minimum(splits, blocks) > 1
+    each = divide(blocks, splits_by)
+    longer = blocks - each * splits
+    begin = part * each + gl.minimum(part, longer)
+    end = begin + each + (part < longer).to(gl.int32)
+    next_start = 1
+    if ranges > 0:
+        next_start = start + blocks + gl.where(blocks > 0, gap, 0)
+        begin = gl.minimum(x - start, blocks)
+        end = gl.minimum(gl.minimum(x_end, next_start) - start, blocks)
+        shared = (begin > 0) | (end < blocks)
+        state = 2 * r + (begin == 0).to(gl.int32)
+    low = key_low & -EDGE
+    if (begin < end) & (end == blocks):
+        end = gl.maximum(gl.cdiv(key_high - low, BLOCK_N), blocks)
+    return seq, first_row, span, low, begin, end, next_start, shared, state
