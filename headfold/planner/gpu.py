@@ -125,7 +125,8 @@ def prefill_plan(p: Problem, device: Device, fold: int, reasons: list[str]) -> P
     reasons.append(
         f"{rows} folded rows a sequence fill {whole * units} tiles of {tile.rows}: no split needed"
     )
-    gluon = hopper.plan_hopper(p, device, whole * units * tile.rows)
+    parted = short_queries(p, fold) > 0
+    gluon = hopper.plan_hopper(p, device, whole * units * tile.rows, parted)
     if isinstance(gluon, Plan):
         return gluon
     reasons.append(gluon)

@@ -37,13 +37,14 @@ TRITON_ROWS = 16
 MOST_STAGES = 6
 
 
-def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
+def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = False) -> Plan | str:
     """The plan of `p` on the Hopper kernel, or the reason why it goes to the Triton kernel.
 
     Args:
         p: the Problem.
         device: the Device.
         triton_rows: rows that the Triton kernel's tiles would hold.
+        parted: the short sequences of a mixed batch run apart.
     """
     if device.arch != (9, 0) or p.device_type == "cpu":  # on CPU tensors kernels are interpreted
         return "the Triton kernel: the Gluon one is for Hopper GPUs"
@@ -52,8 +53,11 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int) -> Plan | str:
         reason = "which does not fold, as pack_gqa=True asks"
     height = tile_rows(p, device)
     per_sequence = -(-p.max_seqlen_q // height)
-    # A ragged batch is laid out at its bound, and a tile past its sequence's end costs next to nothing.
-    tiles = min(p.batch * per_sequence, -(-p.total_q // height) + p.batch)
+    # A ragged batch is laid out at its bound, but a tile past its sequence's end is not there (`kernels/tile_list.py`).
+    ends = (
+        -(-p.total_q // p.max_seqlen_q) if parted else p.batch
+    )  # sequences, each of which wastes part of a tile
+    tiles = min(p.batch * per_sequence, -(-p.total_q // height) + ends)
     rows = tiles * p.num_heads * height
     if not reason and not p.tensor_mask and rows > WORTH_ROWS * triton_rows:
         reason = f"whose tiles of one head would hold {rows} rows instead of {triton_rows}"

@@ -58,3 +58,8 @@ def test_short_sequences_fill_the_lowest_tile_at_most(heads: int, queries: int) 
 )
 def test_other_batches_are_not_mixed(change: dict[str, Any]) -> None:
     assert plan(**change).short is None
+
+
+def test_the_chunks_of_a_mixed_batch_take_the_gluon_kernel() -> None:
+    """Tiles of 128 rows hold the chunks well: that the decodes would waste them does not count."""
+    assert plan().backend == "hopper"

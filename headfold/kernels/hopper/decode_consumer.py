@@ -105,7 +105,6 @@ def attend(
     row of the tile sees, `full` those that every row of these 64 sees.
     """
     k_full, k_free, v_full, v_free = bars
-    rows: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
     zeros = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, accumulator(BLOCK_N))
     stage = count % STAGES
     mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
@@ -117,8 +116,7 @@ def attend(
     mbarrier.wait(v_full.index(stage), (count // STAGES) & 1)
     zero_outside(matrix(v_buffers.index(stage), BLOCK_N, TILE_DV), first, seen[0], seen[1], TILE_DV)
     scores = hide(scores, row_low, row_high, first)
-    row_max = gl.full([GROUP_ROWS], float("-inf"), gl.float32, rows)
-    row_sum = gl.zeros([GROUP_ROWS], gl.float32, rows)
+    row_max, row_sum = softmax.begin(BLOCK_N)
     p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
     weights = gl.convert_layout(p.to(query.dtype), weights_layout(BLOCK_N))
     acc = gl.zeros([GROUP_ROWS, TILE_DV], gl.float32, accumulator(TILE_DV))
