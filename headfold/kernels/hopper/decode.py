@@ -16,8 +16,8 @@ from headfold.kernels.parts.address import aligned, pointer
 from headfold.kernels.parts.division import divide
 
 # (registers of a thread at the start, of the producer), by consumers and whether heads are wider than 128: consumers have
-# what is left, 232 or 240. Few leave room for programs of the merge kernel beside this one: 16:4 d64 b16 s16384 takes
-# 70.2 us with 128 at the start, 75.2 with 168. The assembler refuses wide heads below 158.
+# what is left, 232 or 240. 16:4 d64 b16 s16384 takes 70.2 us with 128 at the start, 75.2 with 168 (d128 is as fast), maybe
+# as the merge kernel's programs find registers beside this one. The assembler refuses wide heads below 158.
 REGISTERS = {(1, False): (128, 24), (1, True): (168, 96), (2, False): (168, 40)}
 
 ADDRESSES = "Q K V Out Lse cu_seqlens_q cu_seqlens_k seqused_q seqused_k page_table states state_lses".split()
