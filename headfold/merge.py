@@ -166,13 +166,13 @@ def run_combine(
             out[rows] = merged.to(out.dtype)
             lse[rows] = merged_lse
         return
-    from headfold.backends import triton
+    from headfold.backends.fixup import fixup
 
     def strides(t: torch.Tensor, lead: int) -> tuple[int, ...]:
         s = t.stride()
         return (*s[:lead], *((0,) if ragged else ()), *s[lead : lead + (2 if ragged else 3)])
 
-    triton.fixup(
+    fixup(
         out_partial,
         lse_partial,
         out,

@@ -14,14 +14,13 @@ from headfold.backends import Runner, hopper_decode
 from headfold.backends.launch import Launcher
 from headfold.backends.workspace import workspace
 from headfold.kernels.decode import decode_kernel
-from headfold.kernels.fixup import fixup_kernel
 from headfold.kernels.mask_blocks import mask_blocks_kernel
 from headfold.kernels.merge import merge_kernel
 from headfold.kernels.prefill import prefill_kernel
 from headfold.planner.device import interpreter_requested
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import next_power_of_two
-from headfold.problem import MAX_SPLITS, Inputs, has_features, k_capacity, q_capacity, wide_mask
+from headfold.problem import Inputs, has_features, k_capacity, q_capacity, wide_mask
 
 # An open window side, and no chunk: above any position, and a sum with a position still fits 32 bits.
 OPEN_SIDE = 2**30
@@ -398,51 +397,3 @@ def address(t: torch.Tensor | None) -> int:
 def _kind(t: torch.Tensor | None) -> int:
     """The kind of a tensor's elements as `kernels/parts/address.py` numbers them; 0 for none."""
     return 0 if t is None else KINDS[t.dtype]
-
-
-def _on_device(t: torch.Tensor) -> Any:
-    """Triton launches on the current device: make it the tensor's. (The interpreter runs on CPU tensors.)"""
-    return torch.cuda.device(t.device if t.is_cuda else -1)
-
-
-def fixup(
-    partial_out: torch.Tensor,
-    partial_lse: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    *,
-    shape: tuple[int, ...] | torch.Size,
-    partial_out_strides: tuple[int, ...],
-    partial_lse_strides: tuple[int, ...],
-    out_strides: tuple[int, ...],
-    lse_strides: tuple[int, ...],
-    cu_seqlens: torch.Tensor | None,
-    seqused: torch.Tensor | None,
-) -> None:
-    """Merge states. shape is (batch, rows, heads); strides are (split, batch, row, head), without split for results."""
-    batch, rows, heads = shape
-    head_dim_v = out.shape[-1]
-    if batch * rows * heads == 0:
-        return
-    with _on_device(out):
-        fixup_kernel[(batch * rows * heads,)](
-            partial_out,
-            partial_lse,
-            out,
-            lse,
-            cu_seqlens,
-            seqused,
-            partial_out.shape[0],
-            rows,
-            heads,
-            cu_seqlens.shape[0] - 1 if cu_seqlens is not None else batch,
-            *partial_out_strides,
-            *partial_lse_strides,
-            *out_strides,
-            *lse_strides,
-            HEAD_DIM_V=head_dim_v,
-            BLOCK_D=next_power_of_two(head_dim_v),
-            MAX_SPLITS=MAX_SPLITS,
-            BLOCK_S=16,
-            num_warps=2,
-        )
