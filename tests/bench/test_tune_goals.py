@@ -18,10 +18,12 @@ devices = pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 
 @devices
 def test_every_tile_of_the_built_in_table_is_a_goal(device: Device) -> None:
-    """At every head dimension, once; but for tiles of more than 16 rows at d256, which are not the table's."""
+    """At every head dimension, once; but for tiles of more than 16 rows at d256, which are not the table's, and on Hopper
+    GPUs, where the Gluon kernel has its own."""
     keys = [key for g in goals(device) for key in g.keys]
     assert len(keys) == len(set(keys))
-    assert set(keys) == {(f, n, 2 * d) for f, n in MEASURED for d in DIMS if d <= 128 or n == 16}
+    widest = 0 if device.arch == (9, 0) else 128
+    assert set(keys) == {(f, n, 2 * d) for f, n in MEASURED for d in DIMS if d <= widest or n == 16}
 
 
 @devices
@@ -46,12 +48,9 @@ def test_cases_of_an_h200_at_d128_are_those_of_the_built_in_table() -> None:
     }
     assert shapes == {
         ("wave", 16): [(32, 8, 16, 1, 8192)],
-        ("wave", 32): [(32, 1, 16, 1, 16384)],
-        ("wave", 64): [(64, 1, 16, 1, 16384)],
         ("waves", 16): [(32, 8, 32, 1, 4096), (32, 8, 128, 1, 2048)],
         ("few", 16): [(32, 8, 1, 1, 1024)],
         ("stream", 16): [(32, 8, 64, 1, 32529)] * 2,
-        ("stream", 64): [(32, 8, 16, 8, 8192)] * 2,
     }
 
 
@@ -141,7 +140,8 @@ def test_little_shared_memory_leaves_fewer_candidates_and_no_failure() -> None:
 
 def test_names_say_what_is_measured() -> None:
     names = [g.name for g in goals(H200)]
-    assert "stream+pages, 64 rows, d128" in names
+    assert "stream+pages, 16 rows, d128" in names
+    assert "stream+pages, 64 rows, d128" in [g.name for g in goals(DEVICES["a100"])]
     assert len(set(names)) == len(names)
     cases = [c.name for g in goals(H200) for _, c in g.cases]
     assert len(set(cases)) == len(cases)
