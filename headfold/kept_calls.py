@@ -1,7 +1,7 @@
 """Kept calls: a public function's call that looks like an earlier one goes straight to what that one came to.
 
 Between a call and its launches lie the arguments' meaning, PyTorch's dispatcher, and the search for what was prepared:
-40 us of Python on the host of an H200. What an eager call came to is noted the first time: the operators that ran, in their
+30 us of Python on the host of an H200. What an eager call came to is noted the first time: the operators that ran, in their
 order, and from which of the call's tensors, or of each other's results, every input of theirs was taken. A later call with
 the same facts runs them again on its own tensors.
 
