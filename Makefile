@@ -12,7 +12,7 @@ bench: setup  ## Measure attention on the shapes of real models, beside PyTorch,
 
 test: setup lint  ## Run every test that this machine can run.
 	$(BIN)/pytest -n $(WORKERS) tests --ignore tests/aot
-	$(BIN)/pytest -n $(WORKERS) tests/aot
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile tests/aot
 
 lint: setup
 	$(BIN)/ruff check .
