@@ -160,7 +160,7 @@ def main() -> None:
         report[name]["block_loop_spills"] = block_loop_spills(kernel)
     for name, x in decodes().items():
         plan, kernel = compiled_decode(x)
-        report[name] = {**figures(kernel, 90), "planned": plan.shared_memory}
+        report[name] = {**figures(kernel, 90), "planned": plan.shared_memory, "rows": plan.block_m}
         report[name]["block_loop_spills"] = block_loop_spills(kernel, decode=True)
     print(json.dumps(report))
 
