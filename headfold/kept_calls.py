@@ -139,8 +139,7 @@ def _facts_of(
         kind = type(value)
         if kind is torch.Tensor:
             tensors.append(value)
-            facts += (value.shape, value.stride(), value.dtype, value.device)
-            facts += (value.data_ptr() & 15, value.requires_grad)
+            facts.append(prepared.tensor_fact(value))
         elif kind in VALUES:  # True is 1 and 1 is 1.0: kinds are facts too
             facts += (kind, value)
         elif kind is tuple and all(type(one) in VALUES for one in value):

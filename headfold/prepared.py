@@ -22,12 +22,14 @@ MOST = 4096
 _kept: dict[tuple[Any, ...], Any] = {}
 
 
+def tensor_fact(t: torch.Tensor) -> tuple[Any, ...]:
+    """What checks, planner and launcher look at of a tensor."""
+    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15, t.requires_grad
+
+
 def tensor_facts(tensors: Iterable[torch.Tensor | None]) -> list[Any]:
-    """What checks, planner and launcher look at of tensors."""
-    return [
-        None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15, t.requires_grad)
-        for t in tensors
-    ]
+    """The same of tensors of which some may not be there."""
+    return [None if t is None else tensor_fact(t) for t in tensors]
 
 
 def facts_of(x: Inputs, *results: torch.Tensor) -> tuple[Any, ...]:
