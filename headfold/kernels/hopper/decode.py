@@ -31,48 +31,6 @@ NUMBERS = (
 ).split()
 
 
-@gluon.jit
-def wait_for_the_kernel_before(EARLY: gl.constexpr):
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-
-
-@gluon.jit
-def fetch_when_ready(
-    common,
-    begins,
-    work,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    PAGE_ROWS: gl.constexpr,
-    EARLY: gl.constexpr,
-):
-    wait_for_the_kernel_before(EARLY)
-    produce(common, begins, work, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS)
-
-
-@gluon.jit
-def consume_when_ready(
-    GROUP: gl.constexpr,
-    common,
-    begins,
-    work,
-    HEAD_DIM: gl.constexpr,
-    HEAD_DIM_V: gl.constexpr,
-    TILE_D: gl.constexpr,
-    TILE_DV: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    EARLY: gl.constexpr,
-):
-    wait_for_the_kernel_before(EARLY)
-    consume(
-        GROUP, common, begins, work, HEAD_DIM, HEAD_DIM_V, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, STAGES
-    )  # fmt: skip
-
-
 @gluon.jit(do_not_specialize=ADDRESSES + NUMBERS)
 def hopper_decode_kernel(
     k_desc,
@@ -230,7 +188,7 @@ def hopper_decode_kernel(
         gl.warp_specialize(
             [
                 (
-                    consume_when_ready,
+                    consume,
                     (
                         0,
                         common,
@@ -246,7 +204,7 @@ def hopper_decode_kernel(
                         EARLY,
                     ),
                 ),
-                (fetch_when_ready, (fetches, begins, work, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS, EARLY)),
+                (produce, (fetches, begins, work, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS, EARLY)),
             ],
             [1],
             [FETCH_REGISTERS],
@@ -255,7 +213,7 @@ def hopper_decode_kernel(
         gl.warp_specialize(
             [
                 (
-                    consume_when_ready,
+                    consume,
                     (
                         0,
                         common,
@@ -272,7 +230,7 @@ def hopper_decode_kernel(
                     ),
                 ),
                 (
-                    consume_when_ready,
+                    consume,
                     (
                         1,
                         common,
@@ -288,7 +246,7 @@ def hopper_decode_kernel(
                         EARLY,
                     ),
                 ),
-                (fetch_when_ready, (fetches, begins, work, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS, EARLY)),
+                (produce, (fetches, begins, work, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS, EARLY)),
             ],
             [4, 1],
             [232, FETCH_REGISTERS],

@@ -1,5 +1,7 @@
 """The decode kernel's consumers: each a warpgroup that attends 64 folded rows of a tile to the program's blocks."""
 
+import triton.language as tl
+
 from headfold.kernels.hopper import softmax
 from headfold.kernels.hopper.compat import (
     barrier,
@@ -165,8 +167,11 @@ def consume(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of the tile, over all of the program's shares."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     buffers, bars, Q, Out, Lse, states, unit, fold, by_fold, window, lane, scale_log2 = common
     q_buffers, k_buffers, v_buffers = buffers
     x, x_end, item, start, gap = begins

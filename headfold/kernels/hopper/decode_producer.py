@@ -1,5 +1,7 @@
 """The decode kernel's producer: one warp that has the copy engine fetch K and V of the program's shares."""
 
+import triton.language as tl
+
 from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load
 from headfold.kernels.hopper.decode_schedule import share
 from headfold.kernels.hopper.producer import fetch_pages, look_up
@@ -36,8 +38,11 @@ def produce(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """Walk the program's shares, each from its first block to its last."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     k_desc, v_desc, k_buffers, v_buffers, bars, pages, ragged, kv_head = common
     k_full, k_free, v_full, v_free = bars
     x, x_end, item, start, gap = begins
