@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from headfold import shared_prefix
+from headfold import appending, shared_prefix
 from headfold.append import append
 from headfold.arguments import (
     Result,
@@ -184,6 +184,11 @@ def flash_attn_with_kvcache(
         )
         check_call(tensors, options, out)
         _check_new_batch(k, cu_seqlens_k_new, _batch(q, cu_seqlens_q))
+        if cu_seqlens_k_new is None and groups is None:
+            x = appending.AppendingInputs(*tensors, **{**options, "new_k": k, "new_v": v})  # type: ignore[arg-type]
+            if appending.writes_inside(x, out):
+                options |= {"new_k": k, "new_v": v}
+                return run(tensors, options, out, return_softmax_lse, appending.OPERATORS)
         if groups is not None:
             shared_prefix.check_append(tensors, options, groups, k, cu_seqlens_k_new)
         before = lengths

@@ -12,6 +12,7 @@ for which the dispatcher is there.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -164,7 +165,7 @@ def _tape_of(tensors: list[torch.Tensor], steps: Sequence[Step | None], result: 
     for step in steps:
         if step is None:
             return None
-        fields = [getattr(step.inputs, name) for name in step.inputs.__slots__]
+        fields = [getattr(step.inputs, field.name) for field in dataclasses.fields(step.inputs)]
         places = [(i, source_of(value)) for i, value in enumerate(fields) if isinstance(value, torch.Tensor)]
         for i, _ in places:
             fields[i] = None  # a kept call keeps no tensor alive

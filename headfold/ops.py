@@ -61,15 +61,14 @@ def _attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if value_checks_enabled():
         check_values(x)
     if run is None:
-        run = prepared.keep(facts, _whole(x))
+        run = prepared.keep(facts, into_new_results(x, backends.prepare(x, *empty_results(x))))
     results: tuple[torch.Tensor, torch.Tensor] = run(x)
     note(Step(x, results, run, lse=True))
     return results
 
 
-def _whole(x: Inputs) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """What computes checked inputs, and all that look like them, into new results; the LSE only where it is wanted."""
-    launch = backends.prepare(x, *empty_results(x))
+def into_new_results(x: Inputs, launch: Runner) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """What has `launch` compute inputs that look like x into new results; the LSE only where it is wanted."""
     out_shape, lse_shape = x.out_shape, x.lse_shape
     like_q = out_shape == tuple(x.q.shape) and x.q.is_contiguous()  # 0.5 us less to ask for
 
@@ -114,14 +113,21 @@ def attend(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
 
 def _attention_out(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:
     x = Inputs(*args, **kwargs)
-    launch, lse_shape = attend(x, out, lse), lse.shape
+    launch = attend(x, out, lse)
+    note(Step(x, (out, lse), into_given_out(launch, lse.shape), into=out, lse=True))
 
-    def again(x: Inputs, want_lse: bool, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+
+def into_given_out(
+    launch: Runner, lse_shape: torch.Size
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """What has `launch` compute into an output that is given; the LSE only where it is wanted."""
+
+    def run(x: Inputs, want_lse: bool, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         lse = x.q.new_empty(lse_shape, dtype=torch.float32) if want_lse else None
         launch(x, out, lse)
         return out, lse
 
-    note(Step(x, (out, lse), again, into=out, lse=True))
+    return run
 
 
 def _attention_out_fake(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:

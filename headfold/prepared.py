@@ -53,6 +53,7 @@ def facts_of(x: Inputs, *results: torch.Tensor) -> tuple[Any, ...]:
         x.rotary_sin,
         x.rotary_positions,
         x.early_lengths,
+        *x.tensors_besides(),
         *results,
     )
     return (

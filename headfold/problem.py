@@ -118,6 +118,10 @@ class Inputs:
             return (self.q.shape[1], self.q.shape[0])
         return (self.q.shape[0], self.q.shape[2], self.q.shape[1])
 
+    def tensors_besides(self) -> tuple[torch.Tensor | None, ...]:
+        """Tensors that a kind of call has besides these."""
+        return ()
+
     def empty_lse(self) -> torch.Tensor:
         """A new LSE."""
         return self.q.new_empty(self.lse_shape, dtype=torch.float32)

@@ -9,7 +9,7 @@ import torch
 
 from headfold.backends import device_of
 from headfold.backends.launch import Launcher
-from headfold.backends.triton import ELEMENTS, address
+from headfold.backends.triton import ELEMENTS, address, rotary_constants
 from headfold.kernels.append import append_kernel
 from headfold.planner.device import interpreter_requested
 from headfold.planner.tiles import next_power_of_two
@@ -21,17 +21,6 @@ if TYPE_CHECKING:
 # Elements of K in a tile: two 16-byte copies a thread in half precision, and enough programs for few tokens.
 TILE = 2048
 NUM_WARPS = 4
-
-
-def rotary_constants(cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool) -> dict[str, Any]:
-    """The compile-time arguments of `load_rotated`; ROTARY_DIM 0 without angles.
-
-    ROTARY_DIM is one, since a model has one and the loads of a pair's other half are wide only if it is known.
-    """
-    if cos is None or sin is None:
-        return {"ROTARY_DIM": 0, "INTERLEAVED": False, "ROTARY_ALIGN": 1}
-    align = 16 // cos.element_size() if is_aligned(cos) and is_aligned(sin) else 1
-    return {"ROTARY_DIM": 2 * cos.shape[1], "INTERLEAVED": interleaved, "ROTARY_ALIGN": align}
 
 
 def constants(x: AppendInputs, turned: torch.Tensor | None = None) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def program(
     return hopper_decode_kernel, first, variant, options
 
 
-def no_features(x: Inputs) -> tuple[int, ...]:
-    """This kernel has no arguments for features."""
+def no_arguments(x: Inputs) -> tuple[int, ...]:
+    """This kernel has no arguments for features, nor for new tokens."""
     return ()
 
 

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from headfold.appending import AppendingInputs
 from headfold.backends import Runner, hopper_decode
 from headfold.backends.launch import Launcher
 from headfold.backends.workspace import workspace
@@ -20,7 +21,7 @@ from headfold.kernels.prefill import prefill_kernel
 from headfold.planner.device import interpreter_requested
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import next_power_of_two
-from headfold.problem import Inputs, has_features, k_capacity, q_capacity, wide_mask
+from headfold.problem import Inputs, has_features, is_aligned, k_capacity, q_capacity, wide_mask
 
 # An open window side, and no chunk: above any position, and a sum with a position still fits 32 bits.
 OPEN_SIDE = 2**30
@@ -45,6 +46,7 @@ AHEAD = 1
 # registers hold.
 MASK_KEYS = {1: 512, 2: 256, 4: 256}
 NO_FEATURES = (0,) * 26
+NO_NEW_TOKENS = (0,) * 10
 
 
 def prepare(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
@@ -98,7 +100,21 @@ def constants(plan: Plan, head_dim: int, head_dim_v: int, dtype: torch.dtype) ->
     else:
         values["STREAM"] = plan.stream
         values["EARLY"] = plan.early and not interpreter_requested()
+        values["APPENDS"] = plan.appends
+        # Without new tokens the same for every model.
+        values |= {"ANGLE": ELEMENTS[dtype], **rotary_constants(None, None, False)}
     return values
+
+
+def rotary_constants(cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool) -> dict[str, Any]:
+    """The compile-time arguments of `load_rotated`; ROTARY_DIM 0 without angles.
+
+    ROTARY_DIM is one, since a model has one and the loads of a pair's other half are wide only if it is known.
+    """
+    if cos is None or sin is None:
+        return {"ROTARY_DIM": 0, "INTERLEAVED": False, "ROTARY_ALIGN": 1}
+    align = 16 // cos.element_size() if is_aligned(cos) and is_aligned(sin) else 1
+    return {"ROTARY_DIM": 2 * cos.shape[1], "INTERLEAVED": interleaved, "ROTARY_ALIGN": align}
 
 
 def _allocate_descriptors(size: int, alignment: int, stream: int | None) -> torch.Tensor:
@@ -186,6 +202,13 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         count = plan.workspace // (4 * (width + 1))
     capacities = _capacities(x)
     growth = (x.early_new, k_capacity(x)) if x.early_lengths is not None else (0, OPEN_SIDE)
+    new_tokens: Callable[[Inputs], tuple[int, ...]] = _no_new_tokens
+    variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
+    if isinstance(x, AppendingInputs):
+        growth, new_tokens = _new_tokens(x)
+        variant |= rotary_constants(x.rotary_cos, x.rotary_sin, x.rotary_interleaved)
+        if x.rotary_cos is not None:
+            variant["ANGLE"] = ELEMENTS[x.rotary_cos.dtype]
     schedule = (
         x.batch,
         plan.tiles_per_sequence,
@@ -214,12 +237,11 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     unwanted = lse.numel()  # floats where an LSE goes that nobody asked for
     kernel = decode_kernel
     boxes: Callable[[Inputs], tuple[Any, ...]] = _no_boxes
-    variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
     feature_arguments = _feature_arguments if has_features(x) else _no_features
     if plan.backend == "hopper":  # the same arguments without features, behind the boxes of K and V
         kernel, boxes, variant, options = hopper_decode.program(plan, x, variant)
-        feature_arguments = hopper_decode.no_features
+        feature_arguments = new_tokens = hopper_decode.no_arguments
     ranges = plan.ranges or items * plan.num_splits
     launch = Launcher(kernel, (ranges * lanes,), variant, options, x.q.device)
     if not plan.workspace:
@@ -227,7 +249,7 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         def run_whole(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
             lse = workspace(x.q, unwanted) if lse is None else lse
             tensors = _tensors(x, out, lse.data_ptr(), x.early_lengths)
-            launch((*boxes(x), *tensors, *before, 0, 0, *after, *feature_arguments(x)))
+            launch((*boxes(x), *tensors, *before, 0, 0, *after, *feature_arguments(x), *new_tokens(x)))
 
         return run_whole
 
@@ -243,11 +265,30 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         state_lses = states + 4 * count * width
         lse_at = states + 4 * size if lse is None else lse.data_ptr()
         tensors = _tensors(x, out, lse_at, x.early_lengths)
-        launch((*boxes(x), *tensors, *before, states, state_lses, *after, *feature_arguments(x)))
+        features = (*feature_arguments(x), *new_tokens(x))
+        launch((*boxes(x), *tensors, *before, states, state_lses, *after, *features))
         leftpad = address(x.cache_leftpad)
         merge((*tensors[3:9], leftpad, *merge_before, states, state_lses, *merge_after))
 
     return run
+
+
+def _new_tokens(x: AppendingInputs) -> tuple[tuple[int, int], Callable[[Inputs], tuple[int, ...]]]:
+    """(`grown` and `room`, what gives `new_k` to `pages`) of a call that appends, and of any that looks like it."""
+    assert x.new_k is not None
+    assert x.new_v is not None
+    tokens = x.new_k.shape[1]
+    numbers = (*x.new_k.stride()[:3], *x.new_v.stride()[:3], tokens, x.k.shape[0])
+
+    def run(x: Any) -> tuple[int, ...]:
+        return x.new_k.data_ptr(), x.new_v.data_ptr(), *numbers
+
+    return (tokens, k_capacity(x)), run
+
+
+def _no_new_tokens(x: Inputs) -> tuple[int, ...]:
+    """`new_k` to `pages` of a call that appends nothing."""
+    return NO_NEW_TOKENS
 
 
 def _no_boxes(x: Inputs) -> tuple[Any, ...]:

@@ -7,10 +7,11 @@ several programs share are merged by merge.py.
 import triton
 import triton.language as tl
 
-from headfold.kernels.parts.address import aligned, load_float, load_index, pointer
+from headfold.kernels.parts.address import aligned, load_float, load_index, load_kept, pointer
 from headfold.kernels.parts.attend import attend
 from headfold.kernels.parts.division import divide
 from headfold.kernels.parts.mask import untouched_blocks
+from headfold.kernels.parts.new_tokens import load_turned_queries, write_new_tokens
 from headfold.kernels.parts.prefetch import prefetch_rows
 from headfold.kernels.parts.schedule import (
     count_blocks,
@@ -121,6 +122,16 @@ def decode_kernel(
     sin_stride: tl.int64,
     max_positions: tl.int32,
     rotary_advances: tl.int32,
+    new_k: tl.int64,
+    new_v: tl.int64,
+    new_k_stride_b: tl.int64,
+    new_k_stride_s: tl.int64,
+    new_k_stride_h: tl.int64,
+    new_v_stride_b: tl.int64,
+    new_v_stride_s: tl.int64,
+    new_v_stride_h: tl.int64,
+    new_tokens: tl.int32,
+    pages: tl.int32,
     ELEMENT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -138,6 +149,11 @@ def decode_kernel(
     WIDE: tl.constexpr,
     STREAM: tl.constexpr,
     EARLY: tl.constexpr,
+    APPENDS: tl.constexpr,
+    ANGLE: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROTARY_ALIGN: tl.constexpr,
 ):
     """Grid: one program for each lane of each range. Lengths are read here, so a captured graph may change them.
 
@@ -158,6 +174,10 @@ def decode_kernel(
 
     FEATURED knows softcap, sinks, chunks, ALiBi and cache rows, TENSORS masks and trees too, ROTARY turns q: all by
     arguments, each at the price of a branch. WIDE is the element size of a mask that is known to allow wide loads, or 0.
+
+    APPENDS: each program writes those of the `new_tokens` that fall into its share before it reads them (new_tokens.py);
+    keys are then `grown` by as many. They and q are turned by ROTARY_DIM columns, 0 for not at all: constants as those
+    of append.py.
     """
     if EARLY:
         # Before the next kernel is let in: merge_kernel reads lengths before it waits.
@@ -268,6 +288,10 @@ def decode_kernel(
                 tl.extra.cuda.gdc_wait()
             cache_row = seq
             angle = 0
+            if APPENDS:
+                length = load_index(seqused_k, seq, 0)
+                if ROTARY_DIM > 0:
+                    angle = load_kept(rotary_positions, seq, 0)
             if FEATURED:
                 cache_row = load_index(cache_batch_idx, seq, seq)
             if ROTARY:
@@ -278,28 +302,29 @@ def decode_kernel(
             head = unit * fold + row - position * fold
             where = position.to(tl.int64)
             q_strides = (aligned(q_stride_b, ALIGN), aligned(q_stride_s, ALIGN), aligned(q_stride_h, ALIGN))
-            queries = load_queries(
-                pointer(Q, ELEMENT, ALIGN)
-                + (seq.to(tl.int64) * q_strides[0] + q_first.to(tl.int64) * q_strides[1]),
-                where * q_strides[1] + head.to(tl.int64) * q_strides[2],
-                live,
-                sign,
-                angle + position * rotary_advances,
-                (
-                    rotary_cos,
-                    rotary_sin,
-                    rotary_kind,
-                    cos_stride,
-                    sin_stride,
-                    max_positions,
-                    rotary_dim,
-                    rotary_interleaved,
-                ),
-                HEAD_DIM,
-                D0,
-                D1,
-                ROTARY,
+            q_at = pointer(Q, ELEMENT, ALIGN) + (
+                seq.to(tl.int64) * q_strides[0] + q_first.to(tl.int64) * q_strides[1]
             )
+            q_rows = where * q_strides[1] + head.to(tl.int64) * q_strides[2]
+            positions = angle + position * rotary_advances
+            rotary = (
+                rotary_cos,
+                rotary_sin,
+                rotary_kind,
+                cos_stride,
+                sin_stride,
+                max_positions,
+                rotary_dim,
+                rotary_interleaved,
+            )
+            angles = (rotary_cos, rotary_sin, cos_stride, sin_stride, max_positions)
+            if APPENDS:
+                queries = load_turned_queries(
+                    q_at, q_rows, live, sign, positions, angles,
+                    HEAD_DIM, D0, D1, ANGLE, ROTARY_DIM, INTERLEAVED, ROTARY_ALIGN,
+                )  # fmt: skip
+            else:
+                queries = load_queries(q_at, q_rows, live, sign, positions, rotary, HEAD_DIM, D0, D1, ROTARY)
             K_rows = pointer(K, ELEMENT, ALIGN) + kv_head * aligned(k_stride_h, ALIGN)
             V_rows = pointer(V, ELEMENT, ALIGN) + kv_head * aligned(v_stride_h, ALIGN)
             table = pointer(page_table, tl.int32, 1)
@@ -313,6 +338,45 @@ def decode_kernel(
                 V_rows += cache_row.to(tl.int64) * aligned(v_stride_b, ALIGN) + first_key * aligned(
                     v_stride_s, ALIGN
                 )
+            if APPENDS:
+                write_new_tokens(
+                    (
+                        new_k,
+                        new_v,
+                        (new_k_stride_b, new_k_stride_s, new_k_stride_h),
+                        (new_v_stride_b, new_v_stride_s, new_v_stride_h),
+                        new_tokens,
+                        pages,
+                    ),
+                    seq,
+                    kv_head,
+                    length,
+                    key_low + begin * BLOCK_N,
+                    tl.minimum(key_low + end * BLOCK_N, key_high),
+                    angle,
+                    angles,
+                    K_rows,
+                    V_rows,
+                    table,
+                    (k_stride_b, k_stride_s),
+                    (v_stride_b, v_stride_s),
+                    (page_size, page_magic, page_shift),
+                    ELEMENT,
+                    HEAD_DIM,
+                    HEAD_DIM_V,
+                    D0,
+                    D1,
+                    DV0,
+                    DV1,
+                    PAGED,
+                    ALIGN,
+                    ANGLE,
+                    ROTARY_DIM,
+                    INTERLEAVED,
+                    ROTARY_ALIGN,
+                )
+                # Other threads read them: what one wrote is seen by all of a program behind this.
+                tl.debug_barrier()
             row_low, row_high = visible_keys(position, shift, window_left, window_right, chunk, sk, FEATURED)
             row_slopes = 0.0
             sinks = 0.0

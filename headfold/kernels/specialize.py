@@ -15,7 +15,8 @@ ARGUMENTS = (
 _OWN = (
     "grown room late units units_magic units_shift lanes lanes_magic lanes_shift splits splits_magic splits_shift "
     "ranges even_ranges gap ahead extent extent_blocks states state_lses state_width state_rows fold_magic fold_shift "
-    "group_magic group_shift"
+    "group_magic group_shift new_k new_v new_k_stride_b new_k_stride_s new_k_stride_h new_v_stride_b new_v_stride_s "
+    "new_v_stride_h new_tokens pages"
 ).split()
 _NOT_OWN = {"group", "out_stride_split", "lse_stride_split", "tokens_per_split"}
 DECODE_ARGUMENTS = [name for name in ARGUMENTS if name not in _NOT_OWN] + _OWN

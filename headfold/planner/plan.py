@@ -24,6 +24,7 @@ class Plan:
     powers of two (the second 0 where one suffices), so that d = 96 does not pay for 128. `featured` asks for the
     program that knows more than plain attention, `tensor_mask` for one that reads masks too, `rotary` for one that
     turns q; `wide_mask` is the element size of the masks that it reads in wide loads, 0 for any. `workspace` is in bytes.
+    `appends` is set where every program writes the new tokens of its share before it reads them.
     `own_tile` is set where the tile comes from the machine's own table.
     `mask_lists` counts the lists of blocks that a mask leaves alive, (sequences, head units, tiles), 1 where all share
     and 0 where no kernel makes them, `mask_list_blocks` the blocks that each may hold.
@@ -51,6 +52,7 @@ class Plan:
     resident: int = 1
     own_tile: bool = False
     early: bool = False
+    appends: bool = False
     num_warps: int = 4
     num_stages: int = 1
     d_parts: tuple[int, int] = (0, 0)

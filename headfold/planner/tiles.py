@@ -9,6 +9,9 @@ import torch
 from headfold.planner.device import Device
 from headfold.planner.tuned import ALIKE, Form, entries_for
 
+# Tokens of a sequence that a decode program writes into the cache at the most: one load and one store, without a loop.
+MOST_NEW = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
