@@ -16,7 +16,8 @@ import torch
 from headfold import append, backends, ops, prepared
 from headfold.backends import Runner
 from headfold.kept_calls import Step, note
-from headfold.planner import Plan
+from headfold.planner import Device, Plan
+from headfold.planner.hopper import TRITON_ROWS
 from headfold.planner.tiles import MOST_NEW
 from headfold.problem import Inputs, fail, is_aligned
 from headfold.values import value_checks_enabled
@@ -93,9 +94,17 @@ def plan_of(x: AppendingInputs, out: torch.Tensor | None = None) -> Plan | None:
     if not is_aligned(x.new_k) or not is_aligned(x.new_v):
         return None
     _, plan = backends.plan_of(attention_of(x), out)
+    return appended(plan) if takes_new_tokens(plan, backends.device_of(x.q.device)) else None
+
+
+def takes_new_tokens(plan: Plan, device: Device) -> bool:
+    """Whether there is a program that appends for calls of a plan."""
     fits = plan.backend == "triton" and plan.kernel == "decode" and plan.stream and plan.short is None
-    if not fits or plan.block_m > 16 or backends.device_of(x.q.device).arch != (9, 0):
-        return None
+    return fits and plan.block_m <= TRITON_ROWS and device.arch == (9, 0)
+
+
+def appended(plan: Plan) -> Plan:
+    """A decode's plan, with new tokens that its programs write."""
     return replace(
         plan, appends=True, reasons=(*plan.reasons, "every program writes the new keys of its share")
     )
@@ -145,8 +154,11 @@ def _append_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Te
     return results
 
 
-def _append_attention_out(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:
-    x = AppendingInputs(*args, **kwargs)
+def attend(x: AppendingInputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
+    """Check inputs and results unless a call that looks the same was checked before, append, and attend into them.
+
+    Returns what did it.
+    """
     facts = prepared.facts_of(x, out, lse)
     run = prepared.find(facts)
     if run is None:
@@ -156,6 +168,12 @@ def _append_attention_out(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kw
     if run is None:
         run = prepared.keep(facts, _prepare(x, out, lse))
     run(x, out, lse)
+    return run
+
+
+def _append_attention_out(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:
+    x = AppendingInputs(*args, **kwargs)
+    run = attend(x, out, lse)
     note(Step(x, (out, lse), ops.into_given_out(run, lse.shape), into=out, lse=True))
 
 

@@ -18,8 +18,8 @@ from headfold.kernels.parts.schedule import (
     find_position,
     list_length,
     look_up,
-    nearest_extent,
     range_start,
+    share_of,
 )
 from headfold.kernels.parts.spans import find_sequence, visible_keys
 from headfold.kernels.parts.states import store_state
@@ -249,31 +249,18 @@ def decode_kernel(
         blocks = 0
         if first_row < sq * fold:
             blocks = count_blocks(key_low, key_high, extent, extent_blocks, BLOCK_N)
-        own_state = r
-        n = tl.minimum(splits, blocks)
-        share = divide(blocks, (splits_magic, splits_shift))
-        longer = blocks - share * splits
-        begin = part * share + tl.minimum(part, longer)
-        end = begin + share + (part < longer).to(tl.int32)
-        next_start = 1
-        pieces = 1
-        if extent > 0:
-            n = tl.cdiv(blocks, extent_blocks)
-            begin = tl.minimum(part * extent_blocks, blocks)
-            end = tl.minimum(begin + extent_blocks, blocks)
-        if STREAM:
-            if ranges > 0:
-                next_start = start + blocks + tl.where(blocks > 0, gap, 0)
-                begin = tl.minimum(x - start, blocks)
-                end = tl.minimum(tl.minimum(x_end, next_start) - start, blocks)
-                if extent > 0:
-                    begin = nearest_extent(begin, blocks, extent_blocks)
-                    end = nearest_extent(end, blocks, extent_blocks)
-                    pieces = tl.cdiv(end - begin, extent_blocks)
-                    own_state = item * splits + begin // extent_blocks
-                else:
-                    n = tl.where((begin == 0) & (end == blocks), 1, 2)
-                    own_state = 2 * r + (begin == 0).to(tl.int32)
+        begin, end, n, own_state, pieces, next_start = share_of(
+            (x, x_end, start),
+            r,
+            item,
+            part,
+            blocks,
+            (splits, splits_magic, splits_shift),
+            ranges,
+            gap,
+            extents,
+            STREAM,
+        )
         if begin < end:
             if EARLY:
                 if not PAGED:
@@ -307,23 +294,17 @@ def decode_kernel(
             )
             q_rows = where * q_strides[1] + head.to(tl.int64) * q_strides[2]
             positions = angle + position * rotary_advances
-            rotary = (
-                rotary_cos,
-                rotary_sin,
-                rotary_kind,
-                cos_stride,
-                sin_stride,
-                max_positions,
-                rotary_dim,
-                rotary_interleaved,
-            )
-            angles = (rotary_cos, rotary_sin, cos_stride, sin_stride, max_positions)
             if APPENDS:
+                angles = (rotary_cos, rotary_sin, cos_stride, sin_stride, max_positions)
                 queries = load_turned_queries(
                     q_at, q_rows, live, sign, positions, angles,
                     HEAD_DIM, D0, D1, ANGLE, ROTARY_DIM, INTERLEAVED, ROTARY_ALIGN,
                 )  # fmt: skip
             else:
+                rotary = (
+                    rotary_cos, rotary_sin, rotary_kind, cos_stride, sin_stride, max_positions, rotary_dim,
+                    rotary_interleaved,
+                )  # fmt: skip
                 queries = load_queries(q_at, q_rows, live, sign, positions, rotary, HEAD_DIM, D0, D1, ROTARY)
             K_rows = pointer(K, ELEMENT, ALIGN) + kv_head * aligned(k_stride_h, ALIGN)
             V_rows = pointer(V, ELEMENT, ALIGN) + kv_head * aligned(v_stride_h, ALIGN)
@@ -341,40 +322,16 @@ def decode_kernel(
             if APPENDS:
                 write_new_tokens(
                     (
-                        new_k,
-                        new_v,
-                        (new_k_stride_b, new_k_stride_s, new_k_stride_h),
-                        (new_v_stride_b, new_v_stride_s, new_v_stride_h),
-                        new_tokens,
-                        pages,
+                        new_k, new_v, (new_k_stride_b, new_k_stride_s, new_k_stride_h),
+                        (new_v_stride_b, new_v_stride_s, new_v_stride_h), new_tokens, pages,
                     ),
-                    seq,
-                    kv_head,
-                    length,
-                    key_low + begin * BLOCK_N,
-                    tl.minimum(key_low + end * BLOCK_N, key_high),
-                    angle,
-                    angles,
-                    K_rows,
-                    V_rows,
-                    table,
-                    (k_stride_b, k_stride_s),
-                    (v_stride_b, v_stride_s),
+                    seq, kv_head, length,
+                    key_low + begin * BLOCK_N, tl.minimum(key_low + end * BLOCK_N, key_high), angle, angles,
+                    K_rows, V_rows, table, (k_stride_b, k_stride_s), (v_stride_b, v_stride_s),
                     (page_size, page_magic, page_shift),
-                    ELEMENT,
-                    HEAD_DIM,
-                    HEAD_DIM_V,
-                    D0,
-                    D1,
-                    DV0,
-                    DV1,
-                    PAGED,
-                    ALIGN,
-                    ANGLE,
-                    ROTARY_DIM,
-                    INTERLEAVED,
-                    ROTARY_ALIGN,
-                )
+                    ELEMENT, HEAD_DIM, HEAD_DIM_V, D0, D1, DV0, DV1, PAGED, ALIGN,
+                    ANGLE, ROTARY_DIM, INTERLEAVED, ROTARY_ALIGN,
+                )  # fmt: skip
                 # Other threads read them: what one wrote is seen by all of a program behind this.
                 tl.debug_barrier()
             row_low, row_high = visible_keys(position, shift, window_left, window_right, chunk, sk, FEATURED)
@@ -409,86 +366,17 @@ def decode_kernel(
                 untouched = 0
                 if TENSORS:
                     untouched = untouched_blocks(low, blocks_here, sq, sk, mask, tree, BLOCK_N)
+                for touched in tl.static_range(0 if TENSORS else 1, 2):
                     state = attend(
-                        state,
-                        queries,
-                        K_rows,
-                        V_rows,
-                        None,
-                        None,
-                        table,
-                        None,
-                        0,
-                        untouched,
-                        low,
-                        high,
-                        row_low,
-                        tl.minimum(row_high, high),
-                        position + shift,
-                        (sq, sk),
-                        live,
-                        (k_stride_b, k_stride_s),
-                        (v_stride_b, v_stride_s),
-                        (page_size, page_magic, page_shift, pad),
-                        (scale_log2, softcap_scale),
-                        (slopes, row_slopes),
-                        (mask, mask_kind, mask_wide, mask_stride_k, row_masks),
-                        (tree, row_trees),
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        D0,
-                        D1,
-                        DV0,
-                        DV1,
-                        BLOCK_N,
-                        PAGED,
-                        ALIGN,
-                        FEATURED,
-                        False,
-                        0,
-                        True,
-                        False,
-                    )
-                state = attend(
-                    state,
-                    queries,
-                    K_rows,
-                    V_rows,
-                    None,
-                    None,
-                    table,
-                    None,
-                    untouched,
-                    blocks_here,
-                    low,
-                    high,
-                    row_low,
-                    tl.minimum(row_high, high),
-                    position + shift,
-                    (sq, sk),
-                    live,
-                    (k_stride_b, k_stride_s),
-                    (v_stride_b, v_stride_s),
-                    (page_size, page_magic, page_shift, pad),
-                    (scale_log2, softcap_scale),
-                    (slopes, row_slopes),
-                    (mask, mask_kind, mask_wide, mask_stride_k, row_masks),
-                    (tree, row_trees),
-                    HEAD_DIM,
-                    HEAD_DIM_V,
-                    D0,
-                    D1,
-                    DV0,
-                    DV1,
-                    BLOCK_N,
-                    PAGED,
-                    ALIGN,
-                    FEATURED,
-                    TENSORS,
-                    WIDE,
-                    True,
-                    False,
-                )
+                        state, queries, K_rows, V_rows, None, None, table, None,
+                        untouched * touched, blocks_here if touched else untouched, low, high,
+                        row_low, tl.minimum(row_high, high), position + shift, (sq, sk), live,
+                        (k_stride_b, k_stride_s), (v_stride_b, v_stride_s),
+                        (page_size, page_magic, page_shift, pad), (scale_log2, softcap_scale), (slopes, row_slopes),
+                        (mask, mask_kind, mask_wide, mask_stride_k, row_masks), (tree, row_trees),
+                        HEAD_DIM, HEAD_DIM_V, D0, D1, DV0, DV1, BLOCK_N, PAGED, ALIGN, FEATURED,
+                        TENSORS and touched == 1, WIDE if touched else 0, True, False,
+                    )  # fmt: skip
                 has_sink = tl.where((begin == 0) & (piece == 0), sink, 0)
                 out0, out1, lse = finish_state(state, scale_log2, has_sink, sinks, FEATURED)
                 if n == 1:

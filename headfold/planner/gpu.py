@@ -143,10 +143,15 @@ def tile_of(p: Problem, device: Device, form: Form, rows: int) -> Tile:
         form,
         device,
         p.aligned,
-        featured=p.featured,
+        featured=p.featured or has_own_kernel(device, rows),
         tensor_mask=p.tensor_mask,
         rotary=p.rotary,
     )
+
+
+def has_own_kernel(device: Device, rows: int) -> bool:
+    """Whether the Gluon kernel takes plain calls of so many rows: what is left of them needs no program of its own."""
+    return rows > hopper.TRITON_ROWS and device.arch == (9, 0)
 
 
 def decode_form(p: Problem, device: Device, fold: int, rows: int) -> tuple[Form, str]:
@@ -279,7 +284,7 @@ def choose_splits(tiles: int, blocks: int, sms: int) -> int:
     return min(range(1, min(MAX_SPLITS, blocks) + 1), key=time)
 
 
-def programs(p: Problem, kernel: str, tile: Tile) -> tuple[bool, bool, bool]:
+def programs(p: Problem, device: Device, kernel: str, tile: Tile) -> tuple[bool, bool, bool]:
     """What the kernel's program must know: (features, masks and trees, rotation of q).
 
     Compiled programs are a budget: what a feature needs is decided at run time, within few programs. Masks and q's
@@ -288,7 +293,8 @@ def programs(p: Problem, kernel: str, tile: Tile) -> tuple[bool, bool, bool]:
     """
     if kernel == "decode":
         all_of_it = p.tensor_mask or p.rotary or not p.aligned
-        return p.featured or all_of_it, all_of_it, all_of_it and tile.rows == 16
+        featured = p.featured or all_of_it or has_own_kernel(device, tile.rows)
+        return featured, all_of_it, all_of_it and tile.rows == 16
     rotary = p.featured and (p.rotary or not p.aligned)
     return p.featured, rotary or p.tensor_mask, rotary
 
@@ -333,7 +339,7 @@ def _plan(
         )
     if tile.own:
         reasons.append("the tile comes from this machine's own table, which `headfold tune` measured")
-    featured, tensor_mask, rotary = programs(p, kernel, tile)
+    featured, tensor_mask, rotary = programs(p, device, kernel, tile)
     # A prefill's loop fetches such masks ahead; a decode, which waits for K and V, has no program to spare for it.
     wide_mask = p.wide_mask if kernel == "prefill" and p.wide_mask <= 2 and not rotary else 0
     paged = p.kv_layout == "paged"

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from headfold import backends
+from headfold import appending, backends
 from headfold.planner import DEVICES
 from tests.aot.variants import BATCH, DEVICE_OF, DTYPES, Variant, variants
 
@@ -82,6 +82,12 @@ def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
                 )
                 prepare_append(append, *results)(append, *results)
                 return [(name, kernel, None) for name, kernel in launches]
+            if variant.form == "step":
+                step = variant.step_inputs()
+                plan = appending.plan_of(step)
+                assert plan is not None, variant.name
+                appending.attend(step, torch.empty_like(step.q), torch.empty(step.lse_shape))
+                return [(name, kernel, plan) for name, kernel in launches]
             x = variant.inputs()
             _, plan = backends.plan_of(x)
             out = variant._tensor(x.out_shape[:-2], x.out_shape[-2], x.out_shape[-1], x.q.dtype)

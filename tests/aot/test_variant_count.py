@@ -20,6 +20,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from headfold import backends
+from headfold.appending import appended, takes_new_tokens
 from headfold.backends import triton as launcher
 from headfold.backends.triton import constants
 from headfold.kernels.append import APPEND_ARGUMENTS, append_kernel
@@ -119,6 +120,9 @@ def variants_of(d: int, dv: int, dtype: Any, device: Device) -> dict[str, set[An
             x = problem(d=d, head_dim_v=dv, dtype=dtype, extras=("an extra",), **{**p, **change})
             plan = make_plan(x, device)
             met[plan.kernel].add(key_of(plan, d, dv, dtype))
+            if takes_new_tokens(plan, device):
+                # One more: a model's calls are all rotated alike, or none is.
+                met[plan.kernel].add(key_of(appended(plan), d, dv, dtype))
     return met
 
 

@@ -7,11 +7,12 @@ repeated here. Tensors are never read nor written, so they cost no memory.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from headfold.append import AppendInputs
+from headfold.appending import AppendingInputs
 from headfold.problem import Inputs
 
 # Architectures in the order of their figures, and the device of the planner's table that stands for each.
@@ -37,7 +38,8 @@ class Variant:
     """One call: `form` is what it does, `layout` where K and V lie, `aligned` whether rows start on 16 bytes."""
 
     # "decode1": one query (four under a tree); "decode64": 64 folded rows; "prefill"; "fixup": the merge after a
-    # split; "blocks": the lists before a prefill with a mask; "append": new keys and values into a cache
+    # split; "blocks": the lists before a prefill with a mask; "append": new keys and values into a cache; "step": a
+    # decode that appends
     form: str
     layout: str  # "dense", "ragged", "paged"
     dtype: str
@@ -104,6 +106,19 @@ class Variant:
             "tree": {"tree_mask": torch.empty(queries, dtype=torch.bool).expand(BATCH, queries, queries)},
         }
         return others[name]
+
+    def step_inputs(self) -> AppendingInputs:
+        """The arguments of a decode of one query that appends a token; rotary as in a decode."""
+        x = replace(
+            self, form="decode1", feature="" if self.feature.startswith("rotary") else self.feature
+        ).inputs()
+        dtype = DTYPES[self.dtype]
+        given = {field.name: getattr(x, field.name) for field in fields(x)}
+        given["seqused_k"] = lengths = _index(BATCH)
+        if self.feature.startswith("rotary"):
+            given |= self._feature(16, 1, dtype) | {"rotary_positions": lengths}
+        new = (self._tensor((BATCH, 1), 4, d, dtype) for d in (self.d, self.dv))
+        return AppendingInputs(**given, **dict(zip(("new_k", "new_v"), new, strict=True)))
 
     def append_inputs(self) -> AppendInputs:
         """The arguments of an append of one token a sequence; rotary as in a decode."""
@@ -211,7 +226,24 @@ def _hopper() -> list[Variant]:
             ("paged", "rotary-halves"),
         )
     ]
-    return full + unaligned + single + half + fixup + featured + append
+    step = [
+        Variant("step", layout, dtype, d, dv, feature=feature)
+        for layout, dtype, d, dv, feature in (
+            ("dense", "bf16", 128, 128, ""),
+            ("paged", "bf16", 128, 128, ""),
+            ("dense", "bf16", 128, 128, "rotary-halves"),
+            ("paged", "bf16", 128, 128, "rotary-halves"),
+            ("dense", "bf16", 128, 128, "rotary-pairs"),
+            ("dense", "bf16", 128, 128, "softcap"),
+            ("paged", "bf16", 128, 128, "softcap"),
+            ("dense", "bf16", 64, 64, "rotary-halves"),
+            ("dense", "bf16", 96, 96, "rotary-halves"),
+            ("dense", "bf16", 256, 256, "rotary-halves"),
+            ("paged", "bf16", 256, 256, "rotary-halves"),
+            ("dense", "fp32", 128, 128, "rotary-halves"),
+        )
+    ]
+    return full + unaligned + single + half + fixup + featured + append + step
 
 
 def _cross_section() -> list[Variant]:

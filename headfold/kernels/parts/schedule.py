@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from headfold.kernels.parts.address import load_index
+from headfold.kernels.parts.division import divide
 from headfold.kernels.parts.spans import sequence_span
 from headfold.kernels.parts.tile import tile_keys
 
@@ -189,3 +190,42 @@ def nearest_extent(block, blocks, extent_blocks):
     """The end of an extent that lies nearest to a cut, for extents are cut nowhere."""
     at = (block + extent_blocks // 2) // extent_blocks * extent_blocks
     return tl.where(block == blocks, blocks, tl.minimum(at, blocks))
+
+
+@triton.jit
+def share_of(at, r, item, part, blocks, splits, ranges, gap, extents, STREAM: tl.constexpr):
+    """What a program does of a tile of `blocks` blocks.
+
+    at is (the program's place in the list, where its share of the list ends, where the tile begins), splits the number of
+    splits and its magic and shift, extents as count_blocks takes them. Returns (first block, end of the blocks, states
+    that the tile has, more than 1 for any number of them, number of the program's first state, states that it makes, where
+    the next tile begins).
+    """
+    x, x_end, start = at
+    extent, extent_blocks = extents
+    own_state = r
+    n = tl.minimum(splits[0], blocks)
+    share = divide(blocks, (splits[1], splits[2]))
+    longer = blocks - share * splits[0]
+    begin = part * share + tl.minimum(part, longer)
+    end = begin + share + (part < longer).to(tl.int32)
+    next_start = 1
+    pieces = 1
+    if extent > 0:
+        n = tl.cdiv(blocks, extent_blocks)
+        begin = tl.minimum(part * extent_blocks, blocks)
+        end = tl.minimum(begin + extent_blocks, blocks)
+    if STREAM:
+        if ranges > 0:
+            next_start = start + blocks + tl.where(blocks > 0, gap, 0)
+            begin = tl.minimum(x - start, blocks)
+            end = tl.minimum(tl.minimum(x_end, next_start) - start, blocks)
+            if extent > 0:
+                begin = nearest_extent(begin, blocks, extent_blocks)
+                end = nearest_extent(end, blocks, extent_blocks)
+                pieces = tl.cdiv(end - begin, extent_blocks)
+                own_state = item * splits[0] + begin // extent_blocks
+            else:
+                n = tl.where((begin == 0) & (end == blocks), 1, 2)
+                own_state = 2 * r + (begin == 0).to(tl.int32)
+    return begin, end, n, own_state, pieces, next_start
