@@ -58,7 +58,7 @@ def _headfold(pack_gqa: bool | None = None, shared: bool = True, appends: bool =
             out: Any = headfold.flash_attn_varlen_func(
                 x.q_rows, x.k[i], x.v[i], x.cu_seqlens_q, x.cu_seqlens_k, case.sq, case.sk, **options
             )
-            return out.view(case.batch, case.sq, case.heads, case.dv)
+            return out.view(case.out_shape)
 
         def masked(i: int) -> Any:
             q, k, v = (t.transpose(1, 2) for t in (x.q, x.k[i], x.v[i]))

@@ -9,19 +9,21 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from headfold.bench.features import DOCUMENTS, PLAIN, Features
+from headfold.bench.names import PREFILLS
 
 if TYPE_CHECKING:
     import torch
 
     from headfold.problem import Problem
 
-Kind = Literal["decode", "paged decode", "ragged decode", "speculative", "prefill"]
+Kind = Literal["decode", "paged decode", "ragged decode", "speculative", "prefill", "ragged prefill"]
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One shape. `sk` is the longest sequence; `lengths` gives every sequence's keys where they differ.
+    """One shape. `sk` is the longest sequence; `lengths` gives every sequence's keys where they differ, and `queries` its
+    queries, of which `sq` is the most.
 
     `page_size` 0 means that K and V are not paged; pages are always in shuffled order. The first `shared` keys of all
     sequences lie in the same pages. `causal` aligns bottom-right. `dtype` is "bf16", "fp16" or "fp32". `base` names the
@@ -44,6 +46,7 @@ class Case:
     features: Features = PLAIN
     base: str | None = None
     shared: int = 0
+    queries: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -57,7 +60,13 @@ class Case:
             raise self._bad("heads", self.heads, f"it must be a multiple of the {self.kv_heads} KV heads")
         if self.lengths is not None and (len(self.lengths) != self.batch or max(self.lengths) != self.sk):
             raise self._bad("lengths", self.lengths, "it must hold a length a sequence, the longest sk")
-        if self.causal and self.sq > min(self.all_lengths):
+        if self.queries is not None and (len(self.queries) != self.batch or max(self.queries) != self.sq):
+            raise self._bad("queries", self.queries, "it must hold a number a sequence, the largest sq")
+        if self.queries is not None and (self.is_paged or not self.is_ragged):
+            raise self._bad(
+                "queries", self.queries, "they differ in ragged cases alone, which give lengths too"
+            )
+        if self.causal and any(n > m for n, m in zip(self.all_queries, self.all_lengths, strict=True)):
             raise self._bad("sq", self.sq, "a causal case needs at least as many keys as queries")
         if self.features.names and (self.is_paged or self.is_ragged):
             raise self._bad("features", self.features, "only dense cases of equal lengths have them")
@@ -84,6 +93,17 @@ class Case:
         return self.lengths or (self.sk,) * self.batch
 
     @property
+    def all_queries(self) -> tuple[int, ...]:
+        """Queries of every sequence."""
+        return self.queries or (self.sq,) * self.batch
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of an output: (b, sq, h, dv), or (total_q, h, dv) where sequences differ in queries."""
+        rows = (self.batch, self.sq) if self.queries is None else (sum(self.queries),)
+        return (*rows, self.heads, self.dv)
+
+    @property
     def is_paged(self) -> bool:
         """True when K and V lie in pages."""
         return self.page_size > 0
@@ -102,7 +122,7 @@ class Case:
     @property
     def is_memory_bound(self) -> bool:
         """True when GB/s, and not TFLOP/s, is the figure to look at."""
-        return self.kind != "prefill"
+        return self.kind not in PREFILLS
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -114,23 +134,23 @@ class Case:
 
     def problem(self, device_type: str) -> Problem:
         """The Problem that the planner gets for this case."""
-        return self._problem(device_type, self.batch, self.sk, sum(self.all_lengths))
+        return self._problem(device_type, self.all_queries, self.sk, sum(self.all_lengths))
 
-    def _problem(self, device_type: str, batch: int, sk: int, total_k: int) -> Problem:
+    def _problem(self, device_type: str, queries: tuple[int, ...], sk: int, total_k: int) -> Problem:
         from headfold.problem import Problem
 
         ragged, f = self.is_ragged and not self.is_paged, self.features
         return Problem(
             device_type=device_type,
             dtype=self.torch_dtype,
-            batch=batch,
+            batch=len(queries),
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             head_dim=self.d,
             head_dim_v=self.dv,
-            max_seqlen_q=self.sq,
+            max_seqlen_q=max(queries),
             max_seqlen_k=sk,
-            total_q=batch * self.sq,
+            total_q=sum(queries),
             total_k=total_k,
             q_layout="ragged" if ragged else "dense",
             kv_layout="paged" if self.is_paged else "ragged" if ragged else "dense",
@@ -181,14 +201,18 @@ class Case:
         return 2 * (self.d + self.dv) * self.heads * pairs
 
     def _by_length(self) -> list[tuple[Problem, int]]:
-        counts = Counter(self.all_lengths)
-        return [(self._problem("cpu", 1, sk, sk), n) for sk, n in counts.items()]
+        counts = Counter(zip(self.all_queries, self.all_lengths, strict=True))
+        return [(self._problem("cpu", (sq,), sk, sk), n) for (sq, sk), n in counts.items()]
 
     def record(self) -> dict[str, Any]:
         """The shape as plain data, for a result file; features that are off are left out."""
         fields = asdict(self)
         del fields["name"]
         fields["lengths"] = list(self.lengths) if self.lengths else None
+        if self.queries is None:
+            del fields["queries"]
+        else:
+            fields["queries"] = list(self.queries)
         fields["features"] = {name: getattr(self.features, name) for name in sorted(self.features.names)}
         return fields
 
@@ -196,8 +220,9 @@ class Case:
     def from_record(cls, name: str, record: dict[str, Any]) -> Case:
         """The case that `record` was made of, also by versions that knew no features."""
         fields = dict(record)
-        if fields.get("lengths") is not None:
-            fields["lengths"] = tuple(fields["lengths"])
+        for counts in ("lengths", "queries"):
+            if fields.get(counts) is not None:
+                fields[counts] = tuple(fields[counts])
         fields["features"] = Features(**fields.get("features", {}))
         return cls(name, **fields)
 

@@ -148,6 +148,16 @@ def _paged_prefill(m: Heads, batch: int, sq: int, page_size: int) -> Case:
     return replace(plain, name=f"{plain.name}-paged{page_size}", page_size=page_size)
 
 
+def _ragged_prefill(m: Heads, queries: tuple[int, ...], lengths: tuple[int, ...], what: str) -> Case:
+    """Causal, ragged on both sides: sequence i has queries[i] of its newest tokens as queries."""
+    name, batch, sq, sk = f"{m.model}-prefill-{what}", len(lengths), max(queries), max(lengths)
+    return Case(
+        *(name, "ragged prefill", m.heads, m.kv_heads, m.d, m.d, batch, sq, sk, lengths),
+        causal=True,
+        queries=queries,
+    )
+
+
 def _with(base: Case, name: str, features: Features, **changes: object) -> Case:
     """A case that adds features to another, and may see a longer context than it."""
     return replace(base, name=name, features=features, base=base.name, **changes)  # type: ignore[arg-type]
@@ -223,6 +233,19 @@ def _cuda() -> tuple[Case, ...]:
         _prefill(LLAMA_8B, 4, 512, True, 16384),
     ]
     prefill += [_paged_prefill(LLAMA_8B, 4, 8192, size) for size in (1, 8, 16, 64, 128, 256)]
+    # Beside the longest of them, and the parts that the mixed batch has alone.
+    prefill += [
+        _prefill(LLAMA_8B, 1, 16384, True),
+        _ragged_prefill(LLAMA_8B, RAGGED_64, RAGGED_64, "ragged-b64"),
+        *(
+            _ragged_prefill(LLAMA_8B, queries, (8192,) * len(queries), what)
+            for queries, what in (
+                ((512,) * 8 + (1,) * 120, "mixed-8x512-120x1-s8192"),
+                ((512,) * 8, "chunks-8x512-s8192"),
+                ((1,) * 120, "decodes-120x1-s8192"),
+            )
+        ),
+    ]
     return tuple(decode + paged + ragged + speculative + prefill)
 
 
@@ -246,6 +269,7 @@ def _cpu() -> tuple[Case, ...]:
     ragged = [_ragged(LLAMA_8B, RAGGED_16, size) for size in (0, 16)]
     speculative = [_speculative(LLAMA_8B, 1, 4, 8192)]
     prefill = [_prefill(LLAMA_8B, 1, sq, causal) for sq in (1024, 2048) for causal in (True, False)]
+    prefill += [_ragged_prefill(LLAMA_8B, (256, *(1,) * 7), (2048,) * 8, "mixed-1x256-7x1-s2048")]
     return tuple(decode + paged + ragged + speculative + prefill)
 
 
@@ -293,5 +317,5 @@ def catalogue(device_type: str, suite: str = "all") -> tuple[Case, ...]:
 
 def _is_in(case: Case, suite: str) -> bool:
     if suite in ("decode", "prefill"):
-        return (case.kind == "prefill") == (suite == "prefill")
+        return case.is_memory_bound == (suite == "decode")
     return case.is_paged if suite == "paged" else case.is_ragged

@@ -37,7 +37,7 @@ def error_of(call: Call, inputs: CaseInputs, appends: bool = True) -> float:
     """
     # The allocator hands this memory to the output next.
     case = inputs.case
-    shape = (case.batch, case.sq, case.heads, case.dv)
+    shape = case.out_shape
     poison = torch.full(shape, float("nan"), dtype=case.torch_dtype, device=inputs.device)
     del poison
     if appends:
@@ -52,23 +52,25 @@ def max_error(inputs: CaseInputs, out: torch.Tensor) -> float:
 
     Args:
         inputs: the inputs; their first copy is what `out` was computed from.
-        out: (b, sq, h, dv).
+        out: of the case's out_shape.
 
     Raises:
         WrongOutput: `out` has another shape, is NaN somewhere, or is too far from the reference.
     """
     case = inputs.case
-    shape = (case.batch, case.sq, case.heads, case.dv)
+    shape = case.out_shape
     if tuple(out.shape) != shape:
         raise WrongOutput(f"the output has shape {tuple(out.shape)}, not {shape}")
     if not bool(torch.isfinite(out).all()):
         raise WrongOutput("the output holds NaN or infinity")
     _check_cache(inputs)
     worst = largest = 0.0
-    for first in sorted({0, max(0, case.sq // 2 - ROWS // 2), max(0, case.sq - ROWS)}):
-        rows = slice(first, min(first + ROWS, case.sq))
+    sq = case.all_queries[-1]
+    last = out[-1] if case.queries is None else out[-sq:]
+    for first in sorted({0, max(0, sq // 2 - ROWS // 2), max(0, sq - ROWS)}):
+        rows = slice(first, min(first + ROWS, sq))
         want = expected(inputs, rows)
-        got = out[-1, rows, -case.group :].double()
+        got = last[rows, -case.group :].double()
         worst = max(worst, float((got - want).abs().max()))
         largest = max(largest, float(want.abs().max()))
     if worst > TOLERANCE[out.dtype] * largest:
@@ -105,7 +107,7 @@ def expected(inputs: CaseInputs, rows: slice) -> torch.Tensor:
         seen, bias = (t if t.shape[1] == 1 else t[:, rows] for t in (seen, bias))
     else:
         # Queries up to `rows.stop` see a prefix of the keys, in which they come last: bottom-right again.
-        end = k.shape[0] - (case.sq - rows.stop) if case.causal else k.shape[0]
+        end = k.shape[0] - (case.all_queries[-1] - rows.stop) if case.causal else k.shape[0]
         seen = reference.visible(q.shape[0], end, -1, 0 if case.causal else -1, True).to(q.device)[None]
     sink = None if x.sink is None else x.sink[-case.group :].double()
     parts = [

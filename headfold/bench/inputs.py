@@ -22,8 +22,9 @@ CPU_COPIES_BYTES = 1 << 30
 class CaseInputs:
     """The inputs of one case. Entry i of `k` and `v` is copy i, elsewhere in memory.
 
-    q is (b, sq, h, d). K and V are (b, sk, hk, .), or (total_k, hk, .) where ragged, or
-    (pages, page_size, hk, .) with `page_table`. Index tensors are None where the layout needs none.
+    q is (b, sq, h, d), or (total_q, h, d) where sequences differ in queries. K and V are (b, sk, hk, .), or
+    (total_k, hk, .) where ragged, or (pages, page_size, hk, .) with `page_table`. Index tensors are None where the
+    layout needs none.
     """
 
     case: Case
@@ -48,8 +49,8 @@ class CaseInputs:
 
     @property
     def q_rows(self) -> torch.Tensor:
-        """q as (b * sq, h, d)."""
-        return self.q.flatten(0, 1)
+        """q as (total_q, h, d)."""
+        return self.q if self.case.queries else self.q.flatten(0, 1)
 
     def arguments(self) -> Inputs:
         """The first copy as the reference takes it, with the new tokens of an append in their places."""
@@ -117,7 +118,7 @@ def copies_needed(case: Case, device: torch.device) -> int:
 
 def bytes_needed(case: Case, device: torch.device) -> int:
     """Memory for the inputs and one output."""
-    q_and_out = case.batch * case.sq * case.heads * (case.d + case.dv) * case.torch_dtype.itemsize
+    q_and_out = sum(case.all_queries) * case.heads * (case.d + case.dv) * case.torch_dtype.itemsize
     return copies_needed(case, device) * case.cache_bytes + mask_bytes(case) + q_and_out
 
 
@@ -146,8 +147,9 @@ def make_inputs(case: Case, device: torch.device, copies: int | None = None, see
         rows = (int(lengths.sum()),)
         cu_k = torch.zeros(case.batch + 1, dtype=torch.int32)
         cu_k[1:] = lengths.cumsum(0)
-        cu_q = torch.arange(case.batch + 1, dtype=torch.int32) * case.sq
-    q = randn(case.batch, case.sq, case.heads, case.d)
+        cu_q = torch.zeros(case.batch + 1, dtype=torch.int32)
+        cu_q[1:] = torch.tensor(case.all_queries, dtype=torch.int32).cumsum(0)
+    q = randn(*case.out_shape[:-1], case.d)
     k, v = [randn(*rows, case.kv_heads, case.d)], [randn(*rows, case.kv_heads, case.dv)]
     for _ in range((copies or copies_needed(case, device)) - 1):
         k.append(k[0].clone())

@@ -48,10 +48,6 @@ def _first(result: Any) -> torch.Tensor:
     return out
 
 
-def _shape(case: Case) -> tuple[int, int, int, int]:
-    return (case.batch, case.sq, case.heads, case.dv)
-
-
 def _flash_attn_3(case: Case, x: CaseInputs) -> Call:
     import flash_attn_interface as fa3
 
@@ -62,7 +58,7 @@ def _flash_attn_3(case: Case, x: CaseInputs) -> Call:
             fa3.flash_attn_varlen_func(
                 x.q_rows, x.k[i], x.v[i], x.cu_seqlens_q, x.cu_seqlens_k, case.sq, case.sk, **options
             )
-        ).view(_shape(case))
+        ).view(case.out_shape)
     if case.kind == "prefill" and not case.is_paged:
         return lambda i: _first(fa3.flash_attn_func(x.q, x.k[i], x.v[i], **options))
     before = x.lengths if extra.before is None else extra.before
@@ -159,7 +155,7 @@ def prepare_fa3_operators(ops: Any, case: Case, x: CaseInputs) -> Call:
             *(None, None, None, case.d**-0.5, case.causal, left, right, f.softcap, False, metadata, 0, None),
             *(0, sink, 1, 0, None),
         )
-        return _first(result).view(_shape(case))
+        return _first(result).view(case.out_shape)
 
     if ragged:
         return lambda i: run(i, None)
@@ -197,7 +193,7 @@ def _flash_attn_4(case: Case, x: CaseInputs) -> Call:
                 cu_seqlens_k=x.cu_seqlens_k,
                 causal=case.causal,
             )
-        ).view(_shape(case))
+        ).view(case.out_shape)
     window = tuple(None if side < 0 else side for side in _window(case))
     sink = None if x.extra.sink is None else x.extra.sink.to(case.torch_dtype)
     return lambda i: _first(
@@ -212,7 +208,9 @@ def _flash_attn_4(case: Case, x: CaseInputs) -> Call:
 
 
 def _flashinfer(case: Case, x: CaseInputs) -> Call | Unsupported:
-    if case.kind == "prefill":
+    if not case.is_memory_bound:
+        if case.is_ragged:
+            return Unsupported("its prefill wrapper here takes sequences of one length")
         if case.is_paged:
             return Unsupported("its prefill wrapper here takes dense keys")
         return _flashinfer_prefill(case, x)
@@ -248,7 +246,7 @@ def _flashinfer(case: Case, x: CaseInputs) -> Call | Unsupported:
         starts, indices, last, case.heads, case.kv_heads, case.d, size, q_data_type=dtype, kv_data_type=dtype
     )
     ks, vs = ([t.view(-1, size, *t.shape[2:]) for t in copies] for copies in (x.k, x.v))
-    return lambda i: _first(wrapper.run(x.q_rows, (ks[i], vs[i]))).view(_shape(case))
+    return lambda i: _first(wrapper.run(x.q_rows, (ks[i], vs[i]))).view(case.out_shape)
 
 
 def _flashinfer_prefill(case: Case, x: CaseInputs) -> Call:
@@ -270,7 +268,7 @@ def _flashinfer_prefill(case: Case, x: CaseInputs) -> Call:
         kv_data_type=dtype,
     )
     ks, vs = ([t.flatten(0, 1) for t in copies] for copies in (x.k, x.v))
-    return lambda i: _first(wrapper.run(x.q_rows, ks[i], vs[i])).view(_shape(case))
+    return lambda i: _first(wrapper.run(x.q_rows, ks[i], vs[i])).view(case.out_shape)
 
 
 register(

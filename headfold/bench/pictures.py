@@ -14,6 +14,7 @@ _COLOURS = {
     "ragged decode": "#7a5195",
     "speculative": "#d98a1f",
     "prefill": "#4c8c4a",
+    "ragged prefill": "#8fbf6a",
 }
 _GREY = "#666666"
 

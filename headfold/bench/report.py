@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from headfold.bench.names import OWN, TORCH_PREFIX
+from headfold.bench.names import OWN, PREFILLS, TORCH_PREFIX
 from headfold.bench.results import Result, Row, is_skipped
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _cells(result: Result, row: Row, first: bool) -> list[Text | str]:
     if row.median_us is None:
         return [case, kind, row.implementation, Text("see notes", style=_note_style(row)), *[""] * 5]
     best, speedup = result.torch_best(row.case), result.speedup(row)
-    rate = f"{_number(row.tflops)} TFLOP/s" if row.kind == "prefill" else f"{_number(row.gbps)} GB/s"
+    rate = f"{_number(row.tflops)} TFLOP/s" if row.kind in PREFILLS else f"{_number(row.gbps)} GB/s"
     return [
         case,
         kind,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from headfold.bench.names import APPENDED, OWN, TORCH_PREFIX
+from headfold.bench.names import APPENDED, OWN, PREFILLS, TORCH_PREFIX
 
 SCHEMA = 1
 
@@ -109,14 +109,14 @@ class Result:
         """headfold against the best other implementation of each case, features left out: the geometric mean of
         that one's time over headfold's, in how many cases headfold is first, and of how many; None of no case.
 
-        `kind` is "prefill", or None for all other kinds.
+        `kind` is "prefill", which ragged ones are too, or None for all other kinds.
         """
         ratios = []
         for name, case in self.cases.items():
             own, other = self.own(name), self.best_other(name)
             if own is None or other is None or case.get("features") or case.get("base"):
                 continue
-            if (own.kind == "prefill") == (kind == "prefill"):
+            if (own.kind in PREFILLS) == (kind == "prefill"):
                 ratios.append((other.median_us or 0.0) / (own.median_us or 1.0))
         if not ratios:
             return None

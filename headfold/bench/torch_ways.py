@@ -183,7 +183,7 @@ def _padded(case: Case, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _loop(case: Case, x: CaseInputs) -> Call:
-    """One attention call per sequence, over exactly its keys."""
+    """One attention call per sequence, of its queries over exactly its keys."""
     table, size = x.page_table, case.page_size
     pages = [] if table is None else [table[b, : -(-n // size)] for b, n in enumerate(case.all_lengths)]
     starts = [0]
@@ -195,13 +195,16 @@ def _loop(case: Case, x: CaseInputs) -> Call:
             return t[starts[b] : starts[b + 1]]
         return t.index_select(0, pages[b]).flatten(0, 1)[: case.all_lengths[b]]
 
+    shapes = zip(case.all_queries, case.all_lengths, strict=True)
+    masks = [causal_lower_right(sq, sk) if case.causal and sq > 1 else None for sq, sk in shapes]
+
     def call(i: int) -> torch.Tensor:
         outs = []
-        for b in range(case.batch):
-            k, v = (keys(t, b).transpose(0, 1).unsqueeze(0) for t in (x.k[i], x.v[i]))
-            q = x.q[b : b + 1].transpose(1, 2)
-            outs.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=case.group > 1))
-        return torch.cat(outs).transpose(1, 2)
+        for b, (rows, mask) in enumerate(zip(x.q_rows.split(case.all_queries), masks, strict=True)):
+            q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (rows, keys(x.k[i], b), keys(x.v[i], b)))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=case.group > 1)
+            outs.append(out.squeeze(0).transpose(0, 1))
+        return torch.cat(outs).view(case.out_shape)
 
     return call
 
@@ -220,6 +223,10 @@ def _varlen(case: Case, x: CaseInputs) -> Call | Unsupported:
 
     options = inspect.signature(varlen_attn).parameters
     extra: dict[str, object] = {}
+    if case.causal:
+        if "window_size" not in options:
+            return Unsupported(f"varlen_attn of torch {torch.__version__} has no bottom-right diagonal")
+        extra["window_size"] = (-1, 0)
     if case.group > 1 and "enable_gqa" in options:
         extra["enable_gqa"] = True
     cu_k = x.cu_seqlens_k
@@ -227,10 +234,12 @@ def _varlen(case: Case, x: CaseInputs) -> Call | Unsupported:
         if "block_table" not in options:
             return Unsupported(f"varlen_attn of torch {torch.__version__} takes no pages")
         extra.update(block_table=x.page_table, seqused_k=x.lengths)
-    cu_q = torch.arange(case.batch + 1, device=x.device, dtype=torch.int32) * case.sq
+    cu_q = x.cu_seqlens_q
+    if cu_q is None:
+        cu_q = torch.arange(case.batch + 1, device=x.device, dtype=torch.int32) * case.sq
     attend: Callable[..., Any] = varlen_attn
     return lambda i: attend(x.q_rows, x.k[i], x.v[i], cu_q, cu_k, case.sq, case.sk, **extra).view(
-        case.batch, case.sq, case.heads, case.dv
+        case.out_shape
     )
 
 
@@ -301,7 +310,7 @@ register(
         "torch-loop",
         "one scaled_dot_product_attention call per sequence",
         _loop,
-        applies=lambda case, device_type: case.is_ragged and case.sq == 1,
+        applies=lambda case, device_type: case.is_ragged and (case.sq == 1 or case.queries is not None),
         by_default=_on("cpu", "cuda"),
     )
 )
@@ -310,7 +319,9 @@ register(
         "torch-varlen",
         "torch.nn.attention.varlen.varlen_attn",
         _varlen,
-        applies=lambda case, device_type: (case.is_ragged or case.is_paged) and case.sq == 1,
+        applies=lambda case, device_type: (
+            case.queries is not None or ((case.is_ragged or case.is_paged) and case.sq == 1)
+        ),
         available=_varlen_missing,
         by_default=_on("cuda"),
     )

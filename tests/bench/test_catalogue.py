@@ -47,7 +47,14 @@ def test_every_ratio_and_kind_is_there(device: str) -> None:
         (40, 8, 128),
         (28, 4, 128),
     }
-    assert {c.kind for c in cases} == {"decode", "paged decode", "ragged decode", "speculative", "prefill"}
+    assert {c.kind for c in cases} == {
+        "decode",
+        "paged decode",
+        "ragged decode",
+        "speculative",
+        "prefill",
+        "ragged prefill",
+    }
     assert {c.page_size for c in cases if c.kind == "paged decode"} == {1, 16, 64}
     assert {c.causal for c in cases if c.kind == "prefill"} == {True, False}
 
@@ -92,6 +99,11 @@ def test_bytes_and_flops_of_known_cases() -> None:
         "distinct keys, each once"
     )
     assert prefix.flops == 4 * 128 * 32 * 64 * 8704, "every query sees all of its own"
+    mixed = cases["llama3-8b-prefill-mixed-8x512-120x1-s8192"]
+    chunk = sum(range(8192 - 511, 8193))
+    assert mixed.flops == 4 * 128 * 32 * (8 * chunk + 120 * 8192)
+    assert mixed.kv_bytes == 128 * 2 * 8192 * 8 * 128 * 2
+    assert mixed.out_shape == (8 * 512 + 120, 32, 128)
     causal = cases["d128-h16-prefill-b4-s4096-causal"]
     assert causal.flops == 4 * 4 * 16 * 128 * 4096 * 4097 // 2
 
@@ -106,8 +118,8 @@ def test_suites_are_parts_of_the_whole(device: str, suite: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_suites_hold_what_they_are_called(device: str) -> None:
-    assert all(c.kind != "prefill" and not c.features.names for c in catalogue(device, "decode"))
-    assert {c.kind for c in catalogue(device, "prefill")} == {"prefill"}
+    assert all("prefill" not in c.kind and not c.features.names for c in catalogue(device, "decode"))
+    assert {c.kind for c in catalogue(device, "prefill")} == {"prefill", "ragged prefill"}
     assert all(c.is_paged for c in catalogue(device, "paged"))
     assert all(c.is_ragged for c in catalogue(device, "ragged"))
     whole = {*catalogue(device, "decode"), *catalogue(device, "prefill"), *catalogue(device, "features")}
@@ -129,6 +141,9 @@ def test_select_takes_globs_in_catalogue_order() -> None:
     [
         ({"heads": 9}, "heads is 9; it must be a multiple of the 2 KV heads"),
         ({"sk": 0}, "sk is 0; it must be at least 1"),
+        ({"queries": (2,)}, "it must hold a number a sequence, the largest sq"),
+        ({"queries": (1, 1)}, "it must hold a number a sequence, the largest sq"),
+        ({"queries": (1,)}, "they differ in ragged cases alone"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"kind": "training"}, "kind is 'training'"),
         ({"lengths": (4, 5)}, "lengths is"),

@@ -38,7 +38,7 @@ def test_arguments_of_the_operators(name: str) -> None:
     case, ops = CASES[name], Operators()
     x = make_inputs(case, torch.device("cpu"), copies=2)
     out = prepare_fa3_operators(ops, case, x)(1)
-    assert out.shape == (case.batch, case.sq, case.heads, case.dv)
+    assert out.shape == case.out_shape
     args = ops.calls[-1]
     assert len(args) == 37
     assert args[1] is x.k[1]

@@ -17,6 +17,11 @@ TINY = (
     Case("tiny-prefill", "prefill", 8, 2, 32, 32, 1, 200, 200, causal=True),
     Case("tiny-mha", "prefill", 3, 3, 32, 16, 1, 40, 60),
     Case("tiny-prefix", "paged decode", 8, 2, 32, 32, 3, 1, 50, page_size=16, shared=32),
+    Case(
+        *("tiny-mixed", "ragged prefill", 8, 2, 32, 32, 3, 30, 70, (70, 33, 40)),
+        causal=True,
+        queries=(1, 9, 30),
+    ),
 )
 
 
