@@ -94,7 +94,13 @@ def plan_of(x: AppendingInputs, out: torch.Tensor | None = None) -> Plan | None:
     if not is_aligned(x.new_k) or not is_aligned(x.new_v):
         return None
     _, plan = backends.plan_of(attention_of(x), out)
-    return appended(plan) if takes_new_tokens(plan, backends.device_of(x.q.device)) else None
+    # The tile's last rows turn the new keys.
+    if (
+        not takes_new_tokens(plan, backends.device_of(x.q.device))
+        or queries * plan.fold + tokens > plan.block_m
+    ):
+        return None
+    return appended(plan)
 
 
 def takes_new_tokens(plan: Plan, device: Device) -> bool:

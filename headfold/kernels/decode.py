@@ -11,7 +11,7 @@ from headfold.kernels.parts.address import aligned, load_float, load_index, load
 from headfold.kernels.parts.attend import attend
 from headfold.kernels.parts.division import divide
 from headfold.kernels.parts.mask import untouched_blocks
-from headfold.kernels.parts.new_tokens import load_turned_queries, write_new_tokens
+from headfold.kernels.parts.new_tokens import append_and_load_queries
 from headfold.kernels.parts.prefetch import prefetch_rows
 from headfold.kernels.parts.schedule import (
     count_blocks,
@@ -294,18 +294,6 @@ def decode_kernel(
             )
             q_rows = where * q_strides[1] + head.to(tl.int64) * q_strides[2]
             positions = angle + position * rotary_advances
-            if APPENDS:
-                angles = (rotary_cos, rotary_sin, cos_stride, sin_stride, max_positions)
-                queries = load_turned_queries(
-                    q_at, q_rows, live, sign, positions, angles,
-                    HEAD_DIM, D0, D1, ANGLE, ROTARY_DIM, INTERLEAVED, ROTARY_ALIGN,
-                )  # fmt: skip
-            else:
-                rotary = (
-                    rotary_cos, rotary_sin, rotary_kind, cos_stride, sin_stride, max_positions, rotary_dim,
-                    rotary_interleaved,
-                )  # fmt: skip
-                queries = load_queries(q_at, q_rows, live, sign, positions, rotary, HEAD_DIM, D0, D1, ROTARY)
             K_rows = pointer(K, ELEMENT, ALIGN) + kv_head * aligned(k_stride_h, ALIGN)
             V_rows = pointer(V, ELEMENT, ALIGN) + kv_head * aligned(v_stride_h, ALIGN)
             table = pointer(page_table, tl.int32, 1)
@@ -320,20 +308,25 @@ def decode_kernel(
                     v_stride_s, ALIGN
                 )
             if APPENDS:
-                write_new_tokens(
+                queries = append_and_load_queries(
+                    q_at, q_rows, live, sign, positions,
                     (
                         new_k, new_v, (new_k_stride_b, new_k_stride_s, new_k_stride_h),
                         (new_v_stride_b, new_v_stride_s, new_v_stride_h), new_tokens, pages,
                     ),
-                    seq, kv_head, length,
-                    key_low + begin * BLOCK_N, tl.minimum(key_low + end * BLOCK_N, key_high), angle, angles,
+                    seq, kv_head, length, key_low + begin * BLOCK_N, tl.minimum(key_low + end * BLOCK_N, key_high),
+                    angle, (rotary_cos, rotary_sin, cos_stride, sin_stride, max_positions),
                     K_rows, V_rows, table, (k_stride_b, k_stride_s), (v_stride_b, v_stride_s),
                     (page_size, page_magic, page_shift),
-                    ELEMENT, HEAD_DIM, HEAD_DIM_V, D0, D1, DV0, DV1, PAGED, ALIGN,
+                    BLOCK_M, HEAD_DIM, HEAD_DIM_V, D0, D1, DV0, DV1, PAGED, ALIGN,
                     ANGLE, ROTARY_DIM, INTERLEAVED, ROTARY_ALIGN,
                 )  # fmt: skip
-                # Other threads read them: what one wrote is seen by all of a program behind this.
-                tl.debug_barrier()
+            else:
+                rotary = (
+                    rotary_cos, rotary_sin, rotary_kind, cos_stride, sin_stride, max_positions, rotary_dim,
+                    rotary_interleaved,
+                )  # fmt: skip
+                queries = load_queries(q_at, q_rows, live, sign, positions, rotary, HEAD_DIM, D0, D1, ROTARY)
             row_low, row_high = visible_keys(position, shift, window_left, window_right, chunk, sk, FEATURED)
             row_slopes = 0.0
             sinks = 0.0

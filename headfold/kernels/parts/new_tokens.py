@@ -55,37 +55,34 @@ def load_turned(
 
 
 @triton.jit
-def load_turned_queries(
-    Q,
-    rows,
-    live,
-    sign,
-    position,
-    angles,
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ANGLE: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ROTARY_ALIGN: tl.constexpr,
+def cache_rows(
+    place, live, table, pages, page, k_strides, v_strides, PAGED: tl.constexpr, ALIGN: tl.constexpr
 ):
-    """`load_queries` of tile.py with rotation by constants: wide loads, one program a model."""
-    q0 = load_turned(
-        Q, rows, live, position, angles, HEAD_DIM, 0, D0, ANGLE, ROTARY_DIM, INTERLEAVED, ROTARY_ALIGN
-    )
-    q0 = (q0 * sign).to(Q.dtype.element_ty)
-    q1 = q0
-    if D1 > 0:
-        q1 = load_turned(
-            Q, rows, live, position, angles, HEAD_DIM, D0, D1, ANGLE, ROTARY_DIM, INTERLEAVED, ROTARY_ALIGN
-        )
-        q1 = (q1 * sign).to(Q.dtype.element_ty)
-    return q0, q1
+    """(offsets of keys `place` of a sequence among its keys, among its values, which of them there are).
+
+    page is (page size, its magic, its shift) of row_offsets. A page that the cache does not have takes nothing.
+    """
+    row = tl.zeros_like(place).to(tl.int64)
+    spot = place
+    if PAGED:
+        number = divide(tl.maximum(place, 0), (page[1], page[2]))
+        found = tl.load(table + number, mask=live, other=-1)
+        live = live & (found >= 0) & (found < pages)
+        row = found.to(tl.int64)
+        spot = place - number * page[0]
+    spot = spot.to(tl.int64)
+    keys = row * aligned(k_strides[0], ALIGN) + spot * aligned(k_strides[1], ALIGN)
+    values = row * aligned(v_strides[0], ALIGN) + spot * aligned(v_strides[1], ALIGN)
+    return keys, values, live
 
 
 @triton.jit
-def write_new_tokens(
+def append_and_load_queries(
+    Q,
+    q_rows,
+    live,
+    sign,
+    positions,
     new,
     seq,
     kv_head,
@@ -100,7 +97,7 @@ def write_new_tokens(
     k_strides,
     v_strides,
     page,
-    ELEMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     D0: tl.constexpr,
@@ -114,61 +111,53 @@ def write_new_tokens(
     INTERLEAVED: tl.constexpr,
     ROTARY_ALIGN: tl.constexpr,
 ):
-    """Write those new tokens of a sequence that become keys low..high of it, for one KV head.
+    """Both parts of a tile's queries, turned, and the new tokens that become keys low..high of the sequence written.
 
     Token t becomes key length + t. new is (addresses of the new keys and values, their strides (sequence, token, head),
-    tokens of a sequence, pages of the cache); page is (page size, its magic, its shift) of row_offsets. A page that the
-    cache does not have takes nothing. Whoever reads the keys must wait for all threads of the program.
+    tokens of a sequence, pages of the cache). The new keys are turned in the tile's last rows, which are no queries': what
+    a program does once is as long as it has instructions, for none is in a cache yet (500 take 2 us), and these are done
+    already. All threads have written behind this.
     """
     New_k, New_v, k_new, v_new, count, pages = new
-    token = tl.arange(0, ROWS)
-    place = length + token
-    live = (token < count) & (place >= low) & (place < high)
-    # Every load comes before the first store.
-    k_at = pointer(New_k, ELEMENT, ALIGN) + (
-        seq.to(tl.int64) * aligned(k_new[0], ALIGN) + kv_head * aligned(k_new[2], ALIGN)
-    )
-    k_offset = token.to(tl.int64) * aligned(k_new[1], ALIGN)
-    v_at = pointer(New_v, ELEMENT, ALIGN) + (
+    SHIFT: tl.constexpr = 1 if Q.dtype.element_ty.primitive_bitwidth == 16 else 2
+    token = tl.arange(0, BLOCK_M) - (BLOCK_M - count)
+    is_new = token >= 0
+    base = (New_k - Q.to(tl.int64)) >> SHIFT
+    base += seq.to(tl.int64) * aligned(k_new[0], ALIGN) + kv_head * aligned(k_new[2], ALIGN)
+    k_from = aligned(base, ALIGN) + token.to(tl.int64) * aligned(k_new[1], ALIGN)
+    rows = tl.where(is_new, k_from, q_rows)
+    at = tl.where(is_new, angle + token, positions)
+    # Before anything that waits.
+    v_from = pointer(New_v, Q.dtype.element_ty, ALIGN) + (
         seq.to(tl.int64) * aligned(v_new[0], ALIGN) + kv_head * aligned(v_new[2], ALIGN)
     )
-    v_offset = token.to(tl.int64) * aligned(v_new[1], ALIGN)
-    row = tl.zeros([ROWS], tl.int64)
-    spot = place
-    there = live
-    if PAGED:
-        number = divide(tl.maximum(place, 0), (page[1], page[2]))
-        found = tl.load(table + number, mask=live, other=-1)
-        there = live & (found >= 0) & (found < pages)
-        row = found.to(tl.int64)
-        spot = place - number * page[0]
-    v0 = load_rows(v_at, v_offset, live, HEAD_DIM_V, 0, DV0)
-    k0 = load_turned(
-        k_at,
-        k_offset,
-        live,
-        angle + token,
-        angles,
-        HEAD_DIM,
-        0,
-        D0,
-        ANGLE,
-        ROTARY_DIM,
-        INTERLEAVED,
-        ROTARY_ALIGN,
+    v_token = tl.arange(0, ROWS)
+    v_place = length + v_token
+    v_live = (v_token < count) & (v_place >= low) & (v_place < high)
+    v_offset = v_token.to(tl.int64) * aligned(v_new[1], ALIGN)
+    v0 = load_rows(v_from, v_offset, v_live, HEAD_DIM_V, 0, DV0)
+    x0 = load_turned(
+        Q, rows, live | is_new, at, angles, HEAD_DIM, 0, D0, ANGLE, ROTARY_DIM, INTERLEAVED, ROTARY_ALIGN
     )
+    x1 = x0
     if D1 > 0:
-        k1 = load_turned(
-            k_at, k_offset, live, angle + token, angles, HEAD_DIM, D0, D1, ANGLE, ROTARY_DIM, INTERLEAVED,
-            ROTARY_ALIGN,
-        )  # fmt: skip
-    if DV1 > 0:
-        v1 = load_rows(v_at, v_offset, live, HEAD_DIM_V, DV0, DV1)
-    k_to = row * aligned(k_strides[0], ALIGN) + spot.to(tl.int64) * aligned(k_strides[1], ALIGN)
-    v_to = row * aligned(v_strides[0], ALIGN) + spot.to(tl.int64) * aligned(v_strides[1], ALIGN)
-    store_rows(K_rows, k_to, there, k0, HEAD_DIM, 0, D0)
-    store_rows(V_rows, v_to, there, v0, HEAD_DIM_V, 0, DV0)
-    if D1 > 0:
-        store_rows(K_rows, k_to, there, k1, HEAD_DIM, D0, D1)
-    if DV1 > 0:
-        store_rows(V_rows, v_to, there, v1, HEAD_DIM_V, DV0, DV1)
+        x1 = load_turned(
+            Q, rows, live | is_new, at, angles, HEAD_DIM, D0, D1, ANGLE, ROTARY_DIM, INTERLEAVED, ROTARY_ALIGN
+        )
+    q0 = (x0 * sign).to(Q.dtype.element_ty)
+    q1 = (x1 * sign).to(Q.dtype.element_ty)
+    if (length < high) & (length + count > low):
+        place = length + token
+        k_live = is_new & (place >= low) & (place < high)
+        k_to, _, k_live = cache_rows(place, k_live, table, pages, page, k_strides, v_strides, PAGED, ALIGN)
+        store_rows(K_rows, k_to, k_live, x0, HEAD_DIM, 0, D0)
+        if D1 > 0:
+            store_rows(K_rows, k_to, k_live, x1, HEAD_DIM, D0, D1)
+        _, v_to, v_there = cache_rows(v_place, v_live, table, pages, page, k_strides, v_strides, PAGED, ALIGN)
+        store_rows(V_rows, v_to, v_there, v0, HEAD_DIM_V, 0, DV0)
+        if DV1 > 0:
+            v1 = load_rows(v_from, v_offset, v_live, HEAD_DIM_V, DV0, DV1)
+            store_rows(V_rows, v_to, v_there, v1, HEAD_DIM_V, DV0, DV1)
+        # Other threads read them.
+        tl.debug_barrier()
+    return q0, q1
