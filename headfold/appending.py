@@ -63,6 +63,7 @@ def append_of(x: AppendingInputs) -> append.AppendInputs:
         rotary_seqlens=x.rotary_positions if apart else None,
         rotary_interleaved=x.rotary_interleaved,
         q=x.q if x.rotary_cos is not None else None,
+        cu_seqlens_q=x.cu_seqlens_q if x.rotary_cos is not None else None,
         rotary_advances=x.rotary_advances,
         caller=x.caller,
     )
