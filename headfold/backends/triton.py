@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from headfold.appending import AppendingInputs
-from headfold.backends import Runner, hopper_decode
+from headfold.backends import Runner, besides, hopper_decode
+from headfold.backends.besides import address
 from headfold.backends.launch import Launcher
 from headfold.backends.workspace import workspace
 from headfold.kernels.decode import decode_kernel
@@ -26,8 +27,6 @@ from headfold.problem import Inputs, has_features, is_aligned, k_capacity, q_cap
 # An open window side, and no chunk: above any position, and a sum with a position still fits 32 bits.
 OPEN_SIDE = 2**30
 ELEMENTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-# What address.py calls the elements of masks, sinks and angles.
-KINDS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 # Columns that a program of the merge kernel takes: narrow, and of one warp, so that all its loads are in flight at once.
 # Over the loop alone 32:8 b1 s8192 takes 1.8 us, 3.6 with 128 columns and 4 warps.
 MERGE_WIDTH = 32
@@ -45,8 +44,6 @@ AHEAD = 1
 # Keys of a mask that a program of the mask_blocks kernel looks at together, by the size of an element: as many as its
 # registers hold.
 MASK_KEYS = {1: 512, 2: 256, 4: 256}
-NO_FEATURES = (0,) * 26
-NO_NEW_TOKENS = (0,) * 10
 
 
 def prepare(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
@@ -142,7 +139,7 @@ def _prefill(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Run
     variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
     launch = Launcher(prefill_kernel, (plan.tiles, plan.head_units), variant, options, x.q.device)
-    feature_arguments = _feature_arguments if has_features(x) else _no_features
+    feature_arguments = besides.feature_arguments if has_features(x) else besides.no_features
     live_blocks = _no_lists if x.mask is None else _live_blocks(plan, x, x.mask)
 
     def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
@@ -167,7 +164,7 @@ def _live_blocks(plan: Plan, x: Inputs, mask: torch.Tensor) -> Callable[[Inputs]
     shape = (*plan.mask_lists, 1 + plan.mask_list_blocks)
     before = (shape[3], units, tiles)
     numbers = (x.q.shape[1], x.k.shape[1], plan.fold, *_band(x), x.attention_chunk or OPEN_SIDE)
-    kind = (_kind(mask), *_steps(mask), mask.stride(3))
+    kind = (besides.kind(mask), *_steps(mask), mask.stride(3))
     size = mask.element_size()
     variant = {
         "SIZE": size,
@@ -202,10 +199,10 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         count = plan.workspace // (4 * (width + 1))
     capacities = _capacities(x)
     growth = (x.early_new, k_capacity(x)) if x.early_lengths is not None else (0, OPEN_SIDE)
-    new_tokens: Callable[[Inputs], tuple[int, ...]] = _no_new_tokens
+    new_tokens: Callable[[Inputs], tuple[int, ...]] = besides.no_new_tokens
     variant = constants(plan, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
     if isinstance(x, AppendingInputs):
-        growth, new_tokens = _new_tokens(x)
+        growth, new_tokens = besides.new_tokens(x)
         variant |= rotary_constants(x.rotary_cos, x.rotary_sin, x.rotary_interleaved)
         if x.rotary_cos is not None:
             variant["ANGLE"] = ELEMENTS[x.rotary_cos.dtype]
@@ -238,7 +235,11 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     kernel = decode_kernel
     boxes: Callable[[Inputs], tuple[Any, ...]] = _no_boxes
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    feature_arguments = _feature_arguments if has_features(x) else _no_features
+    feature_arguments: Callable[[Inputs], tuple[int, ...]] = besides.no_features
+    if plan.appends and not plan.featured and x.rotary_cos is not None:
+        feature_arguments = besides.rotation_alone(x)
+    elif has_features(x):
+        feature_arguments = besides.feature_arguments
     if plan.backend == "hopper":  # the same arguments without features, behind the boxes of K and V
         kernel, boxes, variant, options = hopper_decode.program(plan, x, variant)
         feature_arguments = new_tokens = hopper_decode.no_arguments
@@ -271,24 +272,6 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         merge((*tensors[3:9], leftpad, *merge_before, states, state_lses, *merge_after))
 
     return run
-
-
-def _new_tokens(x: AppendingInputs) -> tuple[tuple[int, int], Callable[[Inputs], tuple[int, ...]]]:
-    """(`grown` and `room`, what gives `new_k` to `pages`) of a call that appends, and of any that looks like it."""
-    assert x.new_k is not None
-    assert x.new_v is not None
-    tokens = x.new_k.shape[1]
-    numbers = (*x.new_k.stride()[:3], *x.new_v.stride()[:3], tokens, x.k.shape[0])
-
-    def run(x: Any) -> tuple[int, ...]:
-        return x.new_k.data_ptr(), x.new_v.data_ptr(), *numbers
-
-    return (tokens, k_capacity(x)), run
-
-
-def _no_new_tokens(x: Inputs) -> tuple[int, ...]:
-    """`new_k` to `pages` of a call that appends nothing."""
-    return NO_NEW_TOKENS
 
 
 def _no_boxes(x: Inputs) -> tuple[Any, ...]:
@@ -387,54 +370,3 @@ def _scales(x: Inputs) -> tuple[float, float, float]:
     # tanh bounds the scores before the exponential: its factor takes the scale's place.
     scale, softcap_scale = (x.softcap, abs(x.scale) / x.softcap) if x.softcap > 0 else (x.scale, 0.0)
     return -1.0 if x.scale < 0 else 1.0, abs(scale) * math.log2(math.e), softcap_scale
-
-
-def _no_features(x: Inputs) -> tuple[int, ...]:
-    """`_feature_arguments` of a plain call."""
-    return NO_FEATURES
-
-
-def _feature_arguments(x: Inputs) -> tuple[int, ...]:
-    """What a plain call has none of, from the kernels' `sink` to `rotary_advances`; 0 for what is not there."""
-    sink, slopes, mask, tree, cos, sin = (
-        x.sink,
-        x.alibi_slopes,
-        x.mask,
-        x.tree_mask,
-        x.rotary_cos,
-        x.rotary_sin,
-    )
-    return (
-        address(sink),
-        _kind(sink),
-        address(slopes),
-        slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
-        address(mask),
-        _kind(mask),
-        int(wide_mask(x) > 0),
-        *(mask.stride() if mask is not None else (0, 0, 0, 0)),
-        address(tree),
-        *(tree.stride()[:2] if tree is not None else (0, 0)),
-        address(x.cache_batch_idx),
-        address(x.cache_leftpad),
-        address(cos),
-        address(sin),
-        _kind(cos),
-        2 * cos.shape[1] if cos is not None else 0,
-        int(x.rotary_interleaved),
-        address(x.rotary_positions),
-        cos.stride(0) if cos is not None else 0,
-        sin.stride(0) if sin is not None else 0,
-        cos.shape[0] if cos is not None else 0,
-        int(x.rotary_advances),
-    )
-
-
-def address(t: torch.Tensor | None) -> int:
-    """Where a tensor lies; 0 for none."""
-    return 0 if t is None else t.data_ptr()
-
-
-def _kind(t: torch.Tensor | None) -> int:
-    """The kind of a tensor's elements as `kernels/parts/address.py` numbers them; 0 for none."""
-    return 0 if t is None else KINDS[t.dtype]
