@@ -12,7 +12,7 @@ from headfold.kernels.hopper.compat import TensorDescriptor
 from headfold.kernels.hopper.layouts import shared_layout
 from headfold.kernels.hopper.prefill import MAX_REGISTERS, prefill_kernel
 from headfold.kernels.tile_list import CHUNK, tile_list_kernel
-from headfold.planner.hopper import GROUP_ROWS
+from headfold.planner.hopper import GROUP_ROWS, query_stages
 from headfold.planner.plan import Plan
 from headfold.problem import Inputs, k_capacity, q_capacity
 
@@ -118,6 +118,7 @@ def launch_arguments(
         "COLUMNS": x.v.shape[-1],
         "BLOCK_N": keys,
         "STAGES": plan.num_stages,
+        "Q_STAGES": query_stages(d, mask is not None),
         "MASKED": mask is not None,
         "VARLEN": any(given),
         "LEFT": x.window_left >= 0,

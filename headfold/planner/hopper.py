@@ -12,11 +12,11 @@ from headfold.problem import Problem
 GROUP_ROWS = 64  # query positions of one head that a consumer warpgroup takes
 # Tiles of three consumers (192 rows): 160 registers hold what they need at head dimension 64. On an H200 they run at
 # 1.12 times the speed of two, block by block (b1, 32 heads, 16384: 515 TFLOP/s against 451), and lose where tiles see
-# few blocks: causal 4096 399 against 418, causal 8192 447 against 428, 2048 without a mask 440 against 400.
+# few blocks: 1024 without a mask 404 against 408, 2048 440 against 400; causal 1024 302 against 328, 4096 446 against 425.
 TALL_DIM = 64
 TALL_SPEED = 1.1
 TALL_KEYS = 2048
-TALL_KEYS_CAUSAL = 6144
+TALL_KEYS_CAUSAL = 4096
 STAGES = 2
 # Boxes lie in shared memory at multiples of 8 rows, the period of its swizzling.
 FEWEST_PAGE_ROWS = 8
@@ -204,13 +204,18 @@ def tile_dim(d: int) -> int:
     return next((n for n in (64, 128, 256) if 3 * n // 4 <= d <= n), 0)
 
 
+def query_stages(d: int, masked: bool) -> int:
+    """Buffers for the queries of a tile: two where shared memory has room, so that they come a tile ahead."""
+    return 2 if d <= 128 and not masked else 1
+
+
 def shared_memory(p: Problem, keys: int, rows: int) -> int:
     """Bytes of shared memory the kernel needs, an upper bound; tests compare it with what the compiler reports."""
     size = p.dtype.itemsize
     d, dv = tile_dim(p.head_dim), tile_dim(p.head_dim_v)
-    total = STAGES * keys * (d + dv) * size + rows * d * size
+    total = (STAGES * keys * (d + dv) + query_stages(d, p.tensor_mask) * rows * d) * size
     if p.tensor_mask:
         total += STAGES * rows * keys * 2
-    if d < dv or not (p.tensor_mask or dv > 128):  # else results leave through the queries' buffer
-        total += rows * dv * size
+    if d < dv or not p.tensor_mask:  # else results leave through the queries' buffer
+        total += rows * min(dv, 128) * size
     return total + 1024

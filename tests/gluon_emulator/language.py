@@ -251,6 +251,13 @@ def _exchange(pointer: Pointer, change: Callable[[Scalar], Scalar]) -> Scalar:
     return old
 
 
+# `softmax.shrunk`, which leaves out products with 1.
+PRODUCT_UNLESS_ONES = (
+    r"\{ \.reg \.pred p, q; (setp\.neu\.f32 [pq], \$\d+, 0f3F800000; ){2}or\.pred p, p, q; "
+    r"vote\.sync\.any\.pred p, p, 0xffffffff; @!p bra\.uni done; (mul\.f32 \$\d+, \$\d+, \$\d+; )+done: \}"
+)
+
+
 def inline_asm_elementwise(
     asm: str, constraints: str, args: list[Tensor], dtype: Any, is_pure: bool, pack: int
 ) -> Any:
@@ -271,6 +278,18 @@ def inline_asm_elementwise(
         return Tensor(
             (args[0].data.contiguous().view(torch.int16).int() << 16).view(torch.float32), args[0].layout
         )
+    if re.fullmatch(PRODUCT_UNLESS_ONES, asm):
+        _of_types(
+            args,
+            [gl.float32, gl.float32],
+            constraints,
+            ",".join(["=f"] * pack + [*map(str, range(pack))] + ["f"] * pack),
+        )
+        if re.findall(r"mul\.f32 \$(\d+), \$(\d+), \$(\d+);", asm) != [
+            (str(i), str(i), str(2 * pack + i)) for i in range(pack)
+        ]:
+            raise ValueError(f"assembly {asm!r} with {pack} elements a register")
+        return Tensor(args[0].data * args[1].data, args[0].layout)
     raise NotImplementedError(f"assembly {asm!r} of {constraints} with {pack} elements a register")
 
 

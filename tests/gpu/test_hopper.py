@@ -92,6 +92,23 @@ def test_three_consumers(monkeypatch: pytest.MonkeyPatch, sq: int, sk: int, caus
         assert torch.equal(again[1], first[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("growth", [2.0, 60.0])
+def test_row_maxima_that_rise(growth: float, d: int, dtype: torch.dtype) -> None:
+    """Slowly, so that the maximum in use falls behind, and by more than weights have room for; blocks run downwards."""
+    torch.manual_seed(d)
+    q, k, v = (
+        rand(2, 300, 8, d, dtype=dtype),
+        rand(2, 2000, 2, d, dtype=dtype),
+        rand(2, 2000, 2, d, dtype=dtype),
+    )
+    k *= torch.linspace(growth, 0.1, 2000, device="cuda")[:, None, None].to(dtype)
+    for right in (-1, 0):
+        x = Inputs(q, k, v, window_right=right)
+        assert_accurate(x, *attend(x))
+
+
 def test_keys_that_no_query_sees_may_hold_nan() -> None:
     """Top-left causal with more keys than queries: the copy engine brings whole blocks of them all the same."""
     for sq, sk in ((130, 200), (130, 900), (256, 300), (200, 129)):

@@ -18,7 +18,9 @@ from headfold.kernels.hopper import spans
 from headfold.planner import hopper as planner
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
+from tests.gluon_emulator import engines
 from tests.gluon_emulator.engines import Descriptor
+from tests.gluon_emulator.scheduler import current
 from tests.hopper_calls import LAYOUTS, SMALL, SMALL_RAGGED, drawn, drawn_ragged, in_pages
 from tests.kernels.emulated import attend
 
@@ -201,6 +203,53 @@ def test_chunked_prefill_on_pages(page_size: int, left: int) -> None:
     assert same(attend(pages), want)
     offsets = replace(pages, seqused_k=None, cu_seqlens_k=torch.tensor([0, 700], dtype=torch.int32))
     assert same(attend(offsets), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("d", "right"), [(64, -1), (128, 0), (256, -1)])
+def test_row_maxima_that_rise(dtype: torch.dtype, d: int, right: int) -> None:
+    """Slowly, so that the maximum in use falls behind, and by more than weights have room for; blocks run downwards."""
+    for growth in (2.0, 60.0):
+        q, k, v = (
+            rand(1, 140, 2, d, dtype=dtype),
+            rand(1, 900, 1, d, dtype=dtype),
+            rand(1, 900, 1, d, dtype=dtype),
+        )
+        k *= torch.linspace(growth, 0.1, 900)[:, None, None].to(dtype)
+        check(Inputs(q, k, v, window_right=right), 1)
+
+
+@pytest.mark.parametrize(
+    ("d", "sq", "sk", "right", "blocks"),
+    [
+        (
+            256,
+            256,
+            256,
+            0,
+            (1 + 3, 2 + 4),
+        ),  # the last 64 keys of a tile are behind all rows of its first half
+        (256, 256, 256, -1, (4 + 4, 4 + 4)),
+        (64, 40, 512, -1, (4, 1)),  # a consumer without rows
+        (64, 192, 512, 0, (3 + 4, 4 + 1)),  # in the last tile
+    ],
+)
+def test_blocks_that_a_consumer_does_not_see_take_no_products(
+    monkeypatch: pytest.MonkeyPatch, d: int, sq: int, sk: int, right: int, blocks: tuple[int, int]
+) -> None:
+    """Products with V by consumer; the blocks' buffers change hands all the same."""
+    counted: dict[str, int] = {}
+
+    class Counted(engines.Product):
+        def __init__(self, compute: Any, layout: Any, reads: Any) -> None:
+            super().__init__(compute, layout, reads)
+            if layout.instr_shape[1] == d:
+                counted[current().name] = counted.get(current().name, 0) + 1
+
+    monkeypatch.setattr(engines, "Product", Counted)
+    check(Inputs(rand(1, sq, 1, d), rand(1, sk, 1, d), rand(1, sk, 1, d), window_right=right), 1, 1)
+    consumers = sorted(counted, key=lambda name: name.split("partition")[1])
+    assert tuple(counted[name] for name in consumers) == blocks
 
 
 def test_planner_and_kernel_agree_where_blocks_begin() -> None:

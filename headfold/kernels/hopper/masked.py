@@ -8,10 +8,10 @@ from headfold.kernels.hopper.compat import (
     view_as,
     warpgroup_mma,
 )
-from headfold.kernels.hopper.consumer import hide, matrix, offset, release, store, zero_unseen
+from headfold.kernels.hopper.consumer import matrix, offset, release, store, zero_unseen
 from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, shared_layout, weights_layout
 from headfold.kernels.hopper.schedule import receive
-from headfold.kernels.hopper.spans import full_blocks, sequence, tile_blocks
+from headfold.kernels.hopper.spans import full_blocks, hide, tile_blocks
 
 # Rows of a mask block that are looked at first. Where the diagonal of a causal mask cuts a block, its last rows live.
 SAMPLE = gl.constexpr(16)
@@ -73,7 +73,7 @@ def consume_masked(
     VARLEN: gl.constexpr,
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces."""
-    reads, flow, letters, Out, Lse, lengths, bottom_right, shape, window, scale_log2 = common
+    reads, flow, letters, Out, Lse, lengths, bottom_right, window, scale_log2 = common
     q_buffers, k_buffers, v_buffers, staging = reads
     q_full, q_free, k_full, k_free, v_full, v_free, turns = flow
     mail, posted, taken = letters
@@ -85,9 +85,8 @@ def consume_masked(
     scale = scale_log2 * 0.6931471805599453
     turn = 0
     count = 0
-    number, entry, head, tile = receive(turn, shape, mail, posted, taken, VARLEN)
+    number, head, tile, q_batch, q_first, sq, sk = receive(turn, lengths, mail, posted, taken, VARLEN)
     while number >= 0:
-        q_batch, q_first, sq, k_batch, k_first, sk = sequence(entry, lengths, VARLEN)
         first = tile * (GROUP_ROWS * GROUPS)
         shift = (sk - sq) * bottom_right
         _, low, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, False)
@@ -138,7 +137,7 @@ def consume_masked(
             row_max,
             row_sum,
             1.0 if ADDED else scale,
-            matrix(staging.index(GROUP), GROUP_ROWS, HEAD_DIM_V),
+            matrix(staging.index(GROUP), GROUP_ROWS, min(HEAD_DIM_V, staging.type.shape[4])),
             (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1]),
             (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1]),
             own,
@@ -150,4 +149,4 @@ def consume_masked(
         else:
             mbarrier.arrive(q_free.index(GROUP), count=1)
         turn += 1
-        number, entry, head, tile = receive(turn, shape, mail, posted, taken, VARLEN)
+        number, head, tile, q_batch, q_first, sq, sk = receive(turn, lengths, mail, posted, taken, VARLEN)

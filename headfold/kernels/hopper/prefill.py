@@ -75,6 +75,7 @@ def prefill_kernel(
     COLUMNS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
     MASKED: gl.constexpr,
     VARLEN: gl.constexpr,
     LEFT: gl.constexpr,
@@ -83,12 +84,14 @@ def prefill_kernel(
 ):
     """Grid: one program a multiprocessor."""
     dtype: gl.constexpr = q_desc.dtype
-    q_buffers = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, GROUP_ROWS, HEAD_DIM], q_desc.layout)
+    q_buffers = gl.allocate_shared_memory(
+        dtype, [Q_STAGES * GROUPS, 1, 1, GROUP_ROWS, HEAD_DIM], q_desc.layout
+    )
     k_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
     v_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM_V], v_desc.layout)
     mail = gl.allocate_shared_memory(gl.int32, [2 * LETTER, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = barriers(GROUPS, 1)
-    q_free = barriers(GROUPS, 1)
+    q_full = barriers(Q_STAGES * GROUPS, 1)
+    q_free = barriers(Q_STAGES * GROUPS, 1)
     k_full = barriers(STAGES, 1)
     k_free = barriers(STAGES, GROUPS)
     v_full = barriers(STAGES, 1)
@@ -101,12 +104,13 @@ def prefill_kernel(
         mask_buffers = gl.allocate_shared_memory(
             mask_desc.dtype, [STAGES * GROUPS, 1, 1, GROUP_ROWS, BLOCK_N], mask_desc.layout
         )
-    # Where shared memory is short the results leave where the queries lay, and the next queries come later.
-    SHARED: gl.constexpr = HEAD_DIM >= HEAD_DIM_V and (MASKED or HEAD_DIM_V > 128)
+    # Beside mask blocks shared memory is short: the results leave where the queries lay, and the next queries come later.
+    SHARED: gl.constexpr = MASKED and HEAD_DIM >= HEAD_DIM_V
     if SHARED:
         staging = q_buffers
     else:
-        staging = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, GROUP_ROWS, HEAD_DIM_V], v_desc.layout)
+        WIDTH: gl.constexpr = min(HEAD_DIM_V, 128)
+        staging = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, GROUP_ROWS, WIDTH], v_desc.layout)
     fence_async_shared()
     total = tiles * units
     if VARLEN:
@@ -125,7 +129,7 @@ def prefill_kernel(
         lengths, bottom_right, shape, window, (mask_step_b, mask_step_h), total, group,
         (page_table, table_stride, page_size, boxes), tile_list,
     )  # fmt: skip
-    common = (reads, flow, letters, results, lses, lengths, bottom_right, shape, window, scale_log2)
+    common = (reads, flow, letters, results, lses, lengths, bottom_right, window, scale_log2)
     if MASKED:
         gl.warp_specialize(
             [
@@ -171,11 +175,11 @@ def prefill_kernel(
             [
                 (
                     consume,
-                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, VARLEN, LEFT),
                 ),
                 (
                     consume,
-                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, VARLEN, LEFT),
                 ),
                 (produce, (fetch, BLOCK_N, 2, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
             ],
@@ -187,15 +191,15 @@ def prefill_kernel(
             [
                 (
                     consume,
-                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, VARLEN, LEFT),
                 ),
                 (
                     consume,
-                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, VARLEN, LEFT),
                 ),
                 (
                     consume,
-                    (2, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                    (2, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, VARLEN, LEFT),
                 ),
                 (produce, (fetch, BLOCK_N, 3, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
             ],

@@ -92,6 +92,7 @@ def produce(
     q_full, q_free, k_full, k_free, v_full, v_free, turns = bars
     mail, posted, taken = letters
     ROWS: gl.constexpr = q_buffers.type.shape[3]
+    Q_STAGES: gl.constexpr = q_buffers.type.shape[0] // GROUPS
     HEAD_DIM: gl.constexpr = k_buffers.type.shape[4]
     HEAD_DIM_V: gl.constexpr = v_buffers.type.shape[4]
     SIZE: gl.constexpr = k_desc.dtype.primitive_bitwidth // 8
@@ -107,21 +108,22 @@ def produce(
         entry = found[0]
         head = found[1]
         tile = found[2]
-        publish(number, found, turn, mail, posted, taken, VARLEN)
         q_batch, q_first, sq, k_batch, k_first, sk = sequence(entry, lengths, VARLEN)
+        publish(number, found, (q_first, sq, sk), turn, mail, posted, taken, VARLEN)
         first = tile * (ROWS * GROUPS)
         following = number
         shift = (sk - sq) * bottom_right
         _, low, blocks = tile_blocks(first, ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, LEFT)
         kv_head = head // group
         for c in gl.static_range(GROUPS):
-            mbarrier.wait(q_free.index(c), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
+            slot = turn % Q_STAGES * GROUPS + c
+            mbarrier.wait(q_free.index(slot), ((turn // Q_STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
             tma_load(
                 q_desc,
                 [q_batch, head, q_first + first + c * ROWS, 0],
-                q_full.index(c),
-                q_buffers.index(c),
+                q_full.index(slot),
+                q_buffers.index(slot),
             )
         for i in range(blocks):
             if i == gl.minimum(
@@ -176,5 +178,5 @@ def produce(
             count += 1
         turn += 1
         number = following
-    publish(-1, (0, 0, 0, 0), turn, mail, posted, taken, VARLEN)
+    publish(-1, (0, 0, 0, 0), (0, 0, 0), turn, mail, posted, taken, VARLEN)
     sign_off(counter, programs)

@@ -1,7 +1,6 @@
 """Who works on which tile: one counter in global memory, taken from by the producers, longest tiles first."""
 
 from headfold.kernels.hopper.compat import barrier, gl, gluon, mbarrier
-from headfold.kernels.hopper.spans import locate
 
 
 @gluon.constexpr_function
@@ -14,18 +13,21 @@ LETTER = gl.constexpr(8)  # numbers that a letter has room for
 
 
 @gluon.jit
-def publish(number, found, turn, mail, posted, taken, VARLEN: gl.constexpr):
+def publish(number, found, lengths, turn, mail, posted, taken, VARLEN: gl.constexpr):
     """Give the consumers the tile of their turn `turn`, -1 at the end. By the producer; two letters may be under way.
 
-    With VARLEN the letter says too what was `found` out about the tile: its sequence, head and number in both, and the
-    sequence's place in the list, which the producer itself comes back to.
+    The letter says too what the consumers would have nothing to hide behind, three divisions and with VARLEN loads:
+    what was `found` out about the tile (its sequence, head and number in both, and with VARLEN the sequence's place in
+    the list, which the producer itself comes back to), and the sequence's first row, rows and keys.
     """
     slot = turn & 1
     mbarrier.wait(taken.index(slot), ((turn >> 1) & 1) ^ 1)
     mail.index(slot * LETTER).store(gl.full([1], number, gl.int32, one_each(1)))
+    for i in gl.static_range(4 if VARLEN else 3):
+        mail.index(slot * LETTER + 1 + i).store(gl.full([1], found[i], gl.int32, one_each(1)))
     if VARLEN:
-        for i in gl.static_range(4):
-            mail.index(slot * LETTER + 1 + i).store(gl.full([1], found[i], gl.int32, one_each(1)))
+        for i in gl.static_range(3):
+            mail.index(slot * LETTER + 5 + i).store(gl.full([1], lengths[i], gl.int32, one_each(1)))
     barrier()
     mbarrier.arrive(posted.index(slot), count=1)
 
@@ -40,20 +42,30 @@ def last_place(turn, mail):
 
 
 @gluon.jit
-def receive(turn, shape, mail, posted, taken, VARLEN: gl.constexpr):
-    """(number, sequence, head, tile of the sequence) of the tile of turn `turn`, for a consumer."""
+def receive(turn, lengths, mail, posted, taken, VARLEN: gl.constexpr):
+    """The tile of turn `turn`, for a consumer.
+
+    (number, head, tile of the sequence, the sequence's batch index in q, its first row, its rows, its keys); `lengths`
+    as for `spans.sequence`.
+    """
     slot = turn & 1
     mbarrier.wait(posted.index(slot), (turn >> 1) & 1)
     number = gl.max(mail.index(slot * LETTER).load(one_each(4)), 0)
+    entry = gl.max(mail.index(slot * LETTER + 1).load(one_each(4)), 0)
+    head = gl.max(mail.index(slot * LETTER + 2).load(one_each(4)), 0)
+    tile = gl.max(mail.index(slot * LETTER + 3).load(one_each(4)), 0)
+    sq, sk, _, given = lengths
+    q_batch = entry
+    q_first = 0
     if VARLEN:
-        entry = gl.max(mail.index(slot * LETTER + 1).load(one_each(4)), 0)
-        head = gl.max(mail.index(slot * LETTER + 2).load(one_each(4)), 0)
-        tile = gl.max(mail.index(slot * LETTER + 3).load(one_each(4)), 0)
+        if given[0] != 0:
+            q_batch = 0
+        q_first = gl.max(mail.index(slot * LETTER + 5).load(one_each(4)), 0)
+        sq = gl.max(mail.index(slot * LETTER + 6).load(one_each(4)), 0)
+        sk = gl.max(mail.index(slot * LETTER + 7).load(one_each(4)), 0)
     barrier()
     mbarrier.arrive(taken.index(slot), count=1)
-    if not VARLEN:
-        entry, head, tile = locate(number, shape)
-    return number, entry, head, tile
+    return number, head, tile, q_batch, q_first, sq, sk
 
 
 @gluon.jit

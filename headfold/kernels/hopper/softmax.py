@@ -3,6 +3,9 @@
 from headfold.kernels.hopper.compat import gl, gluon
 from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, weights_layout
 
+# Row maxima rise when weights would exceed 2 to this power, which 16-bit weights hold as precisely as those up to 1.
+LAZY = gl.constexpr(8.0)
+
 
 @gluon.jit
 def begin(BLOCK_N: gl.constexpr):
@@ -46,6 +49,56 @@ def step(scores, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
     weights = gl.exp2(scores * scale_log2 - top[:, None])
     shrink = gl.exp2(row_max * scale_log2 - top)
     return weights, shrink, new_max, add(row_sum, shrink, weights)
+
+
+@gluon.jit
+def step_lazily(scores, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
+    """`step`, but the row maximum stays what it was unless weights would exceed 2**LAZY: most factors are 1.
+
+    As in FlashAttention-4: what a row is subtracted does not matter, as long as it is near its maximum.
+    """
+    new_max = gl.maximum(row_max, gl.max(scores, 1))
+    new_max = gl.where((new_max - row_max) * scale_log2 > LAZY, new_max, row_max)
+    safe = new_max
+    if MASKED:
+        safe = gl.where(new_max == float("-inf"), 0.0, new_max)
+    top = safe * scale_log2
+    weights = gl.exp2(scores * scale_log2 - top[:, None])
+    shrink = gl.exp2(row_max * scale_log2 - top)
+    return weights, shrink, new_max, add(row_sum, shrink, weights)
+
+
+@gluon.constexpr_function
+def _product_unless_ones(count):
+    """PTX for `count` numbers of a thread times their factors, and its constraints.
+
+    The numbers are of two rows, the first two of one and the next two of the other. A warp whose factors are all 1
+    leaves out the products.
+    """
+    factors = [f"${2 * count + i}" for i in range(count)]
+    lines = [
+        ".reg .pred p, q;",
+        f"setp.neu.f32 p, {factors[0]}, 0f3F800000;",
+        f"setp.neu.f32 q, {factors[2]}, 0f3F800000;",
+        "or.pred p, p, q;",
+        "vote.sync.any.pred p, p, 0xffffffff;",
+        "@!p bra.uni done;",
+        *(f"mul.f32 ${i}, ${i}, {factors[i]};" for i in range(count)),
+        "done:",
+    ]
+    constraints = ["=f"] * count + [str(i) for i in range(count)] + ["f"] * count
+    return "{ " + " ".join(lines) + " }", ",".join(constraints)
+
+
+@gluon.jit
+def shrunk(acc, shrink):
+    """An accumulator times the factors of its rows, most of which `step_lazily` leaves at 1."""
+    COUNT: gl.constexpr = acc.shape[1] // 2  # numbers of a thread: 64 rows over 128 threads
+    code: gl.constexpr = _product_unless_ones(COUNT)
+    factor = gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return gl.inline_asm_elementwise(
+        code[0], code[1], [acc, factor], dtype=gl.float32, is_pure=True, pack=COUNT
+    )
 
 
 @gluon.jit

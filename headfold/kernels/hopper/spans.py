@@ -69,6 +69,14 @@ def tile_blocks(first, rows, sq, sk, shift, window, BLOCK_N: gl.constexpr, LEFT:
 
 
 @gluon.jit
+def seen_blocks(first, rows, sq, sk, shift, window, low, blocks, BLOCK_N: gl.constexpr):
+    """Blocks of the tile, at least one, behind which the `rows` positions from `first` on see nothing."""
+    _, high = row_keys(gl.minimum(first + rows, sq) - 1, shift, window, sk)
+    high = gl.where(first < sq, high, low)
+    return gl.minimum(gl.maximum(gl.cdiv(high - low, BLOCK_N), 1), blocks)
+
+
+@gluon.jit
 def full_blocks(first, rows, sq, sk, shift, window, low, blocks, BLOCK_N: gl.constexpr):
     """Blocks [left, right) of the tile that `rows` positions from `first` on see in full, 0 <= left <= right <= blocks."""
     last = gl.maximum(gl.minimum(first + rows, sq) - 1, 0)
@@ -77,6 +85,31 @@ def full_blocks(first, rows, sq, sk, shift, window, low, blocks, BLOCK_N: gl.con
     left = gl.minimum(gl.cdiv(gl.maximum(full_low - low, 0), BLOCK_N), blocks)
     right = gl.maximum(full_high - low, 0) // BLOCK_N
     return left, gl.minimum(gl.maximum(right, left), blocks)
+
+
+@gluon.jit
+def hide(scores, first, window, sk, key, LEFT: gl.constexpr):
+    """`scores` of the block from `key` on, -inf where a row does not see the key. Row i stands at key `first` + i.
+
+    A thread's columns are 8 i + 2 lane + j. Seen with a dimension for each, i is a constant that a comparison takes as
+    it is; column numbers would take 32 registers. Without LEFT the left side of the window is open.
+    """
+    ROWS: gl.constexpr = scores.shape[0]
+    COLUMNS: gl.constexpr = scores.shape[1]
+    view = scores.reshape([ROWS, COLUMNS // 8, 4, 2])
+    layout: gl.constexpr = view.type.layout
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout))))
+    eight = gl.arange(0, COLUMNS // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout)))) * 8
+    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout)))) * 2
+    pair = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))
+    column = lane[None, None, :, None] + pair[None, None, None, :]
+    high = gl.minimum(row + (first + window[1] + 1 - key), sk - key)
+    seen = eight[None, :, None, None] < high[:, None, None, None] - column
+    if LEFT:
+        low = row + (first - window[0] - key)
+        seen = seen & (eight[None, :, None, None] >= low[:, None, None, None] - column)
+    view = gl.where(seen, view, float("-inf"))
+    return gl.convert_layout(view.reshape([ROWS, COLUMNS]), scores.type.layout, assert_trivial=True)
 
 
 @gluon.jit
