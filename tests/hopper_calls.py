@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from headfold.planner.hopper import padded_dim
 from headfold.problem import Inputs
 from tests.cases import NAN
 
 DIMS = ((128, 128), (128, 128), (64, 64), (256, 256), (192, 128), (64, 128), (96, 96), (56, 120))
 RAGGED_DIMS = ((128, 128), (64, 64), (256, 256), (192, 128))
+# Head dimensions in two parts, some filled in part; buffers of queries with and without room for results.
+PARTED_DIMS = (
+    (96, 96),
+    (80, 80),
+    (72, 88),
+    (192, 192),
+    (160, 136),
+    (160, 96),
+    (256, 192),
+    (96, 64),
+    (64, 96),
+)
 
 
 @dataclass(frozen=True)
@@ -50,14 +64,14 @@ class Draw:
         return self.ints([0, *lengths]).cumsum(0).int()
 
 
-def drawn(seed: int, device: str, bounds: Bounds = LARGE) -> Inputs:
-    """Random shapes, strides, windows and masks of dense tensors."""
+def drawn(seed: int, device: str, bounds: Bounds = LARGE, dims: Sequence[tuple[int, int]] = DIMS) -> Inputs:
+    """Random shapes, strides, windows and, where tiles are padded by little, masks of dense tensors."""
     draw = Draw(seed, device)
     r, rand = draw.r, draw.rand
     dtype = r.choice((torch.bfloat16, torch.float16))
     batch, hk, group = r.randint(1, bounds.batch), r.randint(1, bounds.kv_heads), r.choice(bounds.groups)
     sq, sk = r.randint(129, bounds.queries), r.randint(1, bounds.keys)
-    d, dv = r.choice(DIMS)
+    d, dv = r.choice(dims)
     pad = r.choice((0, 8, 64))  # rows of a wider tensor: strides that are not the sizes'
     group = min(group, 3) if d == 256 else group
     q = rand(batch, sq, hk * group, d + pad, dtype=dtype)[..., :d]
@@ -70,7 +84,8 @@ def drawn(seed: int, device: str, bounds: Bounds = LARGE) -> Inputs:
     window = r.choice(
         ((-1, -1), (-1, 0), (r.randint(0, 300), 0), (r.randint(0, 300), r.randint(0, 300)), (50, -1))
     )
-    mask = drawn_mask(draw, batch, hk * group, sq, sk) if r.random() < 0.5 else None
+    masked = r.random() < 0.5 and all(padded_dim(n) for n in (d, dv))
+    mask = drawn_mask(draw, batch, hk * group, sq, sk) if masked else None
     return Inputs(
         q,
         k,
@@ -103,11 +118,13 @@ def drawn_mask(draw: Draw, batch: int, heads: int, sq: int, sk: int) -> torch.Te
     return mask[..., :sk].expand(batch, heads, sq, sk)
 
 
-def drawn_ragged(seed: int, device: str, bounds: Bounds = LARGE_RAGGED) -> Inputs:
+def drawn_ragged(
+    seed: int, device: str, bounds: Bounds = LARGE_RAGGED, dims: Sequence[tuple[int, int]] = RAGGED_DIMS
+) -> Inputs:
     """Offsets and lengths in device memory; what lies beyond a sequence's end is NaN or another sequence."""
     draw = Draw(seed, device)
     r, rand = draw.r, draw.rand
-    d, dv = r.choice(RAGGED_DIMS)
+    d, dv = r.choice(dims)
     batch, hk, group = r.randint(1, bounds.batch), r.randint(1, bounds.kv_heads), r.choice(bounds.groups)
     q_lens = [r.choice((0, 1, 128, r.randint(1, bounds.queries))) for _ in range(batch)]
     k_lens = [r.choice((0, 1, 256, r.randint(1, bounds.keys))) for _ in range(batch)]

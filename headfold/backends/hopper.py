@@ -69,8 +69,11 @@ def launch_arguments(
     rows, keys = GROUP_ROWS, plan.block_n
     consumers = plan.block_m // rows
     # Boxes of pages go into shared memory one by one: they are as wide as what lies there in one piece.
-    box = (plan.page_rows, SWIZZLED // x.k.element_size()) if plan.page_rows else (keys, None)
-    d, dv = plan.d_parts[0], plan.dv_parts[0]
+    # So are those of head dimensions in two parts.
+    rows_of_box = plan.page_rows or keys
+    d, dv = sum(plan.d_parts), sum(plan.dv_parts)
+    piece = SWIZZLED // x.q.element_size()
+    width, width_v = (piece if rest else first for first, rest in (plan.d_parts, plan.dv_parts))
     q, k, v = (by_head(t) for t in (x.q, x.k, x.v))
     mask, mask_steps = None, (0, 0)
     if x.mask is not None:
@@ -84,9 +87,9 @@ def launch_arguments(
         (0, lse.stride(1), lse.stride(0)) if ragged else (lse.stride(0), lse.stride(2), lse.stride(1))
     )
     arguments = (
-        boxes(q, rows, d),
-        boxes(k, box[0], box[1] or d),
-        boxes(v, box[0], box[1] or dv),
+        boxes(q, rows, width),
+        boxes(k, rows_of_box, piece if plan.page_rows else width),
+        boxes(v, rows_of_box, piece if plan.page_rows else width_v),
         mask,
         out,
         lse,
@@ -118,7 +121,7 @@ def launch_arguments(
         "COLUMNS": x.v.shape[-1],
         "BLOCK_N": keys,
         "STAGES": plan.num_stages,
-        "Q_STAGES": query_stages(d, mask is not None),
+        "Q_STAGES": query_stages(d, plan.block_m, mask is not None),
         "MASKED": mask is not None,
         "VARLEN": any(given),
         "LEFT": x.window_left >= 0,

@@ -10,14 +10,18 @@ from headfold.planner.tiles import Tile
 from headfold.problem import Problem
 
 GROUP_ROWS = 64  # query positions of one head that a consumer warpgroup takes
-# Tiles of three consumers (192 rows): 160 registers hold what they need at head dimension 64. On an H200 they run at
-# 1.12 times the speed of two, block by block (b1, 32 heads, 16384: 515 TFLOP/s against 451), and lose where tiles see
-# few blocks: 1024 without a mask 404 against 408, 2048 440 against 400; causal 1024 302 against 328, 4096 446 against 425.
-TALL_DIM = 64
+# Tiles of three consumers (192 rows): 160 registers hold what they need up to head dimension 96. On an H200 they run at
+# 1.12 times the speed of two, block by block (16384: d64 515 TFLOP/s against 451, d96 600 against 535), and lose where
+# tiles see few blocks: d64 1024 without a mask 404 against 408, 2048 440 against 400; causal 1024 302 against 328, 4096 446
+# against 425; d96 causal 4096 462 against 473, 4096 without a mask 553 against 501.
+TALL_DIM = 96
 TALL_SPEED = 1.1
 TALL_KEYS = 2048
 TALL_KEYS_CAUSAL = 4096
 STAGES = 2
+# Columns that products can be over, in one part or two.
+PRODUCT_DIMS = (64, 80, 96, 128, 160, 192, 256)
+SWIZZLED = 128  # bytes of a row of shared memory as it is swizzled
 # Boxes lie in shared memory at multiples of 8 rows, the period of its swizzling.
 FEWEST_PAGE_ROWS = 8
 # Under a left window a tile's first block begins at a multiple of so many keys (`kernels/hopper/spans.py`).
@@ -48,10 +52,12 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
     """
     if device.arch != (9, 0) or p.device_type == "cpu":  # on CPU tensors kernels are interpreted
         return "the Triton kernel: the Gluon one is for Hopper GPUs"
-    reason = refusal(p)
+    height = tile_rows(p, device)
+    d, dv = columns(p, height)
+    keys = block_keys(p)
+    reason = refusal(p, (d, dv), keys)
     if not reason and p.pack_gqa and p.group > 1:
         reason = "which does not fold, as pack_gqa=True asks"
-    height = tile_rows(p, device)
     per_sequence = -(-p.max_seqlen_q // height)
     # A ragged batch is laid out at its bound, but a tile past its sequence's end is not there (`kernels/tile_list.py`).
     ends = (
@@ -63,11 +69,13 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
         reason = f"whose tiles of one head would hold {rows} rows instead of {triton_rows}"
     if reason:
         return f"the Triton kernel, not the Gluon one, {reason}"
-    d, dv = tile_dim(p.head_dim), tile_dim(p.head_dim_v)
-    keys = block_keys(p)
     head_bytes = p.max_seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
     section = max(1, int(device.l2 * SECTION_OF_L2) // head_bytes) * p.group
     box = page_rows(p, keys) if p.kv_layout == "paged" else 0
+    dims: tuple[str, ...] = ()
+    if (p.head_dim, p.head_dim_v) != (parts(d)[0], parts(dv)[0]):
+        cut = [" + ".join(str(n) for n in parts(one) if n) for one in (d, dv)]
+        dims = (f"head dimensions {p.head_dim}/{p.head_dim_v} run in {cut[0]} and {cut[1]} columns",)
     pages = (f"keys come in boxes of {box}, each from one page of {p.page_size}",) if box else ()
     workers = min(max(1, device.sms - p.sm_margin), p.batch * per_sequence * p.num_heads)
     return Plan(
@@ -81,8 +89,8 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
         tiles_per_sequence=per_sequence,
         num_warps=4 * (height // GROUP_ROWS + 1),
         num_stages=STAGES,
-        d_parts=(d, 0),
-        dv_parts=(dv, 0),
+        d_parts=parts(d),
+        dv_parts=parts(dv),
         use_tma=True,
         paged=box > 0,
         page_rows=box,
@@ -93,6 +101,7 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
             f"{'two' if height == 128 else 'three'} warpgroups compute while another fetches through the copy engine "
             "(Gluon, docs/hopper.md)",
             "a tile holds rows of one head: the heads of a group find K and V in the L2 cache",
+            *dims,
             *pages,
         ),
     )
@@ -101,7 +110,7 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
 def tile_rows(p: Problem, device: Device) -> int:
     """Rows of a tile: those of two consumers, or of three where that is faster."""
     short, tall = 2 * GROUP_ROWS, 3 * GROUP_ROWS
-    if max(tile_dim(p.head_dim), tile_dim(p.head_dim_v)) > TALL_DIM or p.tensor_mask:
+    if max(p.head_dim, p.head_dim_v) > TALL_DIM or p.tensor_mask:
         return short
     # Ragged batches may be short, and the producer of pages needs the registers.
     if p.q_layout != "dense" or p.kv_layout != "dense" or p.lengths_on_device or p.window_left is not None:
@@ -124,7 +133,8 @@ def decode_tile(p: Problem, device: Device, rows: int) -> Tile | str:
     """
     if device.arch != (9, 0) or p.device_type == "cpu" or rows <= TRITON_ROWS:
         return ""
-    reason = refusal(p)
+    keys = decode_keys(p)
+    reason = refusal(p, decode_columns(p), keys)
     if not reason and p.tensor_mask:
         reason = "whose decode has no masks"
     if not reason and p.tokens_per_split:
@@ -132,8 +142,8 @@ def decode_tile(p: Problem, device: Device, rows: int) -> Tile | str:
     if reason:
         return f"the Triton kernel, not the Gluon one, {reason}"
     # Two consumers of wide heads spill, and shared memory holds two stages for them.
-    consumers = 1 if block_keys(p) < 128 else min(CONSUMERS, -(-rows // CONSUMER_ROWS))
-    tile = Tile(CONSUMER_ROWS * consumers, block_keys(p), 4 * (consumers + 1), 1, tma=True)
+    consumers = 1 if keys < 128 else min(CONSUMERS, -(-rows // CONSUMER_ROWS))
+    tile = Tile(CONSUMER_ROWS * consumers, keys, 4 * (consumers + 1), 1, tma=True)
     stages = MOST_STAGES
     while decode_memory(p, tile, stages) > device.smem:
         stages -= 1
@@ -142,12 +152,13 @@ def decode_tile(p: Problem, device: Device, rows: int) -> Tile | str:
 
 def decode_memory(p: Problem, tile: Tile, stages: int) -> int:
     """Bytes of shared memory that the decode kernel needs, an upper bound."""
-    d, dv = tile_dim(p.head_dim), tile_dim(p.head_dim_v)
+    d, dv = decode_columns(p)
     return (tile.rows * d + stages * tile.keys * (d + dv)) * p.dtype.itemsize + 1024
 
 
 def on_hopper(plan: Plan, p: Problem, tile: Tile) -> Plan:
     """A decode's plan for the Triton kernel, as the Gluon one runs it in `tile`."""
+    d, dv = decode_columns(p)
     box = page_rows(p, tile.keys) if p.kv_layout == "paged" else 0
     consumers = tile.rows // CONSUMER_ROWS
     what = "a warpgroup computes" if consumers == 1 else f"{consumers} warpgroups compute"
@@ -159,21 +170,24 @@ def on_hopper(plan: Plan, p: Problem, tile: Tile) -> Plan:
     return replace(
         plan,
         backend="hopper",
-        d_parts=(tile_dim(p.head_dim), 0),
-        dv_parts=(tile_dim(p.head_dim_v), 0),
+        d_parts=(d, 0),
+        dv_parts=(dv, 0),
         page_rows=box,
         shared_memory=decode_memory(p, tile, tile.stages),
         reasons=tuple(reasons),
     )
 
 
-def refusal(p: Problem) -> str:
-    """Why the kernels cannot run `p`, as the end of a sentence; empty when it can."""
+def refusal(p: Problem, dims: tuple[int, int], keys: int) -> str:
+    """Why a kernel of tiles with `dims` columns and blocks of `keys` cannot run `p`, as the end of a sentence.
+
+    Empty when it can.
+    """
     if p.dtype.itemsize != 2:
         return "which is for float16 and bfloat16"
-    if not tile_dim(p.head_dim) or not tile_dim(p.head_dim_v):
-        return f"whose tiles of 64, 128 or 256 columns would be padding by a third from {p.head_dim}/{p.head_dim_v}"
-    if p.kv_layout == "paged" and page_rows(p, block_keys(p)) < FEWEST_PAGE_ROWS:
+    if not all(dims):
+        return f"of whose columns more than a quarter would be padding for {p.head_dim}/{p.head_dim_v}"
+    if p.kv_layout == "paged" and page_rows(p, keys) < FEWEST_PAGE_ROWS:
         return f"whose boxes of {FEWEST_PAGE_ROWS} keys or more would not lie in pages of {p.page_size}"
     if p.kv_layout == "paged" and p.tensor_mask:
         return "which has no masks over pages"
@@ -185,8 +199,22 @@ def refusal(p: Problem) -> str:
 
 
 def block_keys(p: Problem) -> int:
-    """Keys of a block."""
-    return 128 if max(tile_dim(p.head_dim), tile_dim(p.head_dim_v)) <= 128 else 64
+    """Keys of a block of the prefill kernel."""
+    d, dv = columns(p, 2 * GROUP_ROWS)
+    if max(d, dv) <= 128:
+        return 128
+    # Of 192/128 shared memory holds blocks of 128 keys too, but under a left window their loops over pages spill.
+    return 128 if d <= 192 and dv <= 128 and not p.tensor_mask and p.window_left is None else 64
+
+
+def decode_columns(p: Problem) -> tuple[int, int]:
+    """Columns of the decode kernel's tiles, of queries and keys and of values; 0 where it has none for them."""
+    return padded_dim(p.head_dim), padded_dim(p.head_dim_v)
+
+
+def decode_keys(p: Problem) -> int:
+    """Keys of a block of the decode kernel."""
+    return 128 if max(decode_columns(p)) <= 128 else 64
 
 
 def page_rows(p: Problem, keys: int) -> int:
@@ -196,26 +224,66 @@ def page_rows(p: Problem, keys: int) -> int:
     return min(p.page_size & -p.page_size, most)
 
 
-def tile_dim(d: int) -> int:
-    """Columns of a tile for head dimension d; 0 where more than a quarter of them would be padding.
+def columns(p: Problem, rows: int) -> tuple[int, int]:
+    """Columns of the prefill kernel's products in tiles of `rows`, over queries and keys and over values.
+
+    0 where it has none for them. With a mask in memory they are padded.
+    """
+    if p.tensor_mask:
+        return padded_dim(p.head_dim), padded_dim(p.head_dim_v)
+    d, dv = product_dim(p.head_dim), product_dim(p.head_dim_v)
+    # With weights in registers products of 64 and of 32 columns take two consumers longer than one of 128 (d96, 16384: 440
+    # TFLOP/s against 524). Three have no registers for the padding.
+    if rows == 2 * GROUP_ROWS and 64 < dv < 128:
+        dv = 128
+    return d, dv
+
+
+def product_dim(d: int) -> int:
+    """Columns of products for head dimension d: a power of two, or one and a smaller one (`kernels/hopper/products.py`).
+
+    0 where more than a quarter of them would be padding.
+    """
+    return next((n for n in PRODUCT_DIMS if 3 * n // 4 <= d <= n), 0)
+
+
+def padded_dim(d: int) -> int:
+    """Columns of a tile that is not cut into parts, for head dimension d; 0 where more than a quarter would be padding.
 
     The copy engine pads for nothing (it fills in zeros), the products are paid for.
     """
     return next((n for n in (64, 128, 256) if 3 * n // 4 <= d <= n), 0)
 
 
-def query_stages(d: int, masked: bool) -> int:
+def query_stages(d: int, rows: int, masked: bool) -> int:
     """Buffers for the queries of a tile: two where shared memory has room, so that they come a tile ahead."""
-    return 2 if d <= 128 and not masked else 1
+    return 2 if not masked and (d <= 64 or (d <= 128 and rows == 2 * GROUP_ROWS)) else 1
+
+
+def parts(d: int) -> tuple[int, int]:
+    """The power of two that columns of products begin with, and the rest."""
+    first = 1 << d.bit_length() >> 1
+    return first, d - first
+
+
+def columns_in_memory(d: int, size: int) -> int:
+    """Columns of both parts in shared memory: rows of the second have the width of its swizzling."""
+    first, rest = parts(d)
+    return first + (SWIZZLED // size if rest else 0)
 
 
 def shared_memory(p: Problem, keys: int, rows: int) -> int:
     """Bytes of shared memory the kernel needs, an upper bound; tests compare it with what the compiler reports."""
     size = p.dtype.itemsize
-    d, dv = tile_dim(p.head_dim), tile_dim(p.head_dim_v)
-    total = (STAGES * keys * (d + dv) + query_stages(d, p.tensor_mask) * rows * d) * size
+    d, dv = columns(p, rows)
+    wide, wide_v = columns_in_memory(d, size), columns_in_memory(dv, size)
+    total = (STAGES * keys * (wide + wide_v) + query_stages(d, rows, p.tensor_mask) * rows * wide) * size
     if p.tensor_mask:
         total += STAGES * rows * keys * 2
-    if d < dv or not p.tensor_mask:  # else results leave through the queries' buffer
-        total += rows * min(dv, 128) * size
+    first, rest = parts(d)
+    first_v, rest_v = parts(dv)
+    # Where shared memory is short results leave through the queries' buffers, if those have room.
+    short = p.tensor_mask or (d > 128 and keys > 64)
+    if not short or first < first_v or (rest_v and not rest):
+        total += rows * (128 if dv == 256 else wide_v) * size
     return total + 1024

@@ -26,7 +26,11 @@ from headfold.problem import Inputs, problem_of
 from tests.aot.compile_variants import TargetOnly, figures
 
 MASKS = (torch.bfloat16, torch.float16, torch.bool)
-DIMS = ((64, 64), (128, 128), (256, 256), (192, 128), (64, 128), (96, 96))
+DIMS = (
+    *((64, 64), (128, 128), (256, 256), (192, 128), (64, 128)),
+    *((96, 96), (80, 80), (160, 160), (192, 192), (96, 64), (192, 80)),
+)
+PAGED_DIMS = ((64, 64), (128, 128), (256, 256), (192, 128), (96, 96), (192, 192))
 
 
 def variants() -> dict[str, Inputs]:
@@ -39,9 +43,12 @@ def variants() -> dict[str, Inputs]:
     found["d128/128 float16 dense"] = call(128, 128, torch.float16)
     for dtype in (torch.bfloat16, torch.float16):
         found[f"d64/64 {dtype} long".replace("torch.", "")] = call(64, 64, dtype, 12288)
+    for d in (80, 96):
+        found[f"d{d}/{d} long"] = call(d, d, length=12288)
+    found["d96/96 float16 long"] = call(96, 96, torch.float16, 12288)
     found["d64/64 lengths of queries, long"] = long = call(64, 64, length=12288)
     long.seqused_q = torch.empty(2, dtype=torch.int32)
-    for d, dv in ((64, 64), (128, 128), (256, 256), (192, 128)):
+    for d, dv in PAGED_DIMS:
         for page_size in (8, 64):
             found[f"d{d}/{dv} pages of {page_size}"] = paged(d, dv, page_size)
         found[f"d{d}/{dv} left window"] = left = call(d, dv)

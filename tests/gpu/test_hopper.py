@@ -12,7 +12,7 @@ from headfold.planner import hopper as planner
 from headfold.planner.hopper import plan_hopper
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
-from tests.hopper_calls import LAYOUTS, drawn, drawn_ragged, in_pages
+from tests.hopper_calls import LAYOUTS, PARTED_DIMS, drawn, drawn_ragged, in_pages
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,6 +51,14 @@ def test_drawn_calls(seed: int) -> None:
     assert_accurate(x, *attend(x))
 
 
+@pytest.mark.parametrize("dims", PARTED_DIMS)
+def test_head_dimensions_in_two_parts(dims: tuple[int, int]) -> None:
+    """Products over the columns there are, dense and ragged, with windows and without."""
+    for seed in range(8):
+        for x in (drawn(seed, "cuda", dims=[dims]), drawn_ragged(seed, "cuda", dims=[dims])):
+            assert_accurate(x, *attend(x))
+
+
 @pytest.mark.parametrize("sq", [128, 512, 2048])
 @pytest.mark.parametrize("kind", ["plain", "causal", "added", "bool", "holes"])
 def test_repeated_runs_have_the_same_bits(kind: str, sq: int) -> None:
@@ -79,10 +87,13 @@ def test_repeated_runs_have_the_same_bits(kind: str, sq: int) -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("sq", "sk"), [(192, 2048), (1000, 1000), (2048, 300), (4096, 4096)])
-def test_three_consumers(monkeypatch: pytest.MonkeyPatch, sq: int, sk: int, causal: bool) -> None:
-    """Tiles of 192 rows at head dimension 64, in the same bits every time."""
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (96, 96), (80, 72), (96, 64), (64, 96)])
+def test_three_consumers(
+    monkeypatch: pytest.MonkeyPatch, d: int, dv: int, sq: int, sk: int, causal: bool
+) -> None:
+    """Tiles of 192 rows, in the same bits every time."""
     monkeypatch.setattr(planner, "tile_rows", lambda p, device: 192)
-    q, k, v = rand(2, sq, 4, 64), rand(2, sk, 2, 64), rand(2, sk, 2, 64)
+    q, k, v = rand(2, sq, 4, d), rand(2, sk, 2, d), rand(2, sk, 2, dv)
     x = Inputs(q, k, v, window_right=0 if causal else -1)
     first = attend(x)
     assert_accurate(x, *first)
@@ -195,7 +206,7 @@ def paged_rows(
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (40, 0), (37, 5)])
-@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (256, 256), (192, 128), (96, 96)])
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (256, 256), (192, 128), (96, 96), (192, 160)])
 @pytest.mark.parametrize("page_size", [8, 16, 24, 48, 64, 128, 256])
 def test_pages_give_the_bits_of_rows(page_size: int, d: int, dv: int, window: tuple[int, int]) -> None:
     """Pages in order and shuffled, in every layout of engines; NaN in pages that nobody owns and past the ends; garbage

@@ -21,7 +21,7 @@ from tests.cases import NAN, assert_accurate
 from tests.gluon_emulator import engines
 from tests.gluon_emulator.engines import Descriptor
 from tests.gluon_emulator.scheduler import current
-from tests.hopper_calls import LAYOUTS, SMALL, SMALL_RAGGED, drawn, drawn_ragged, in_pages
+from tests.hopper_calls import LAYOUTS, PARTED_DIMS, SMALL, SMALL_RAGGED, drawn, drawn_ragged, in_pages
 from tests.kernels.emulated import attend
 
 
@@ -56,6 +56,14 @@ def test_drawn_ragged_calls(seed: int) -> None:
     check(drawn_ragged(seed, "cpu", SMALL_RAGGED), programs=1 + seed % 4)
 
 
+@pytest.mark.parametrize("dims", PARTED_DIMS)
+def test_head_dimensions_in_two_parts(dims: tuple[int, int]) -> None:
+    """Products over the columns there are, dense and ragged, with windows and without."""
+    for seed in range(3):
+        check(drawn(seed, "cpu", SMALL, [dims]), programs=2)
+        check(drawn_ragged(seed, "cpu", SMALL_RAGGED, [dims]), programs=3)
+
+
 @pytest.mark.parametrize("kind", ["plain", "causal", "added", "holes", "wide"])
 def test_many_schedules(kind: str) -> None:
     """Few tiles of many blocks: every buffer changes hands often, at all relative speeds of those who share it."""
@@ -73,14 +81,23 @@ def test_many_schedules(kind: str) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_three_consumers(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """They take turns; some have no rows at all in a sequence's last tile, or blocks that none of their rows sees."""
+    """They take turns; some have no rows at all in a sequence's last tile, or blocks that none of their rows sees.
+
+    Where values come in two parts a block's scores follow the values of the block before.
+    """
     monkeypatch.setattr(planner, "tile_rows", lambda p, device: 192)
     torch.manual_seed(seed)
     sq, sk = ((200, 900), (400, 400), (193, 64), (520, 300))[seed % 4]
-    d, dtype = (64, torch.bfloat16) if seed % 3 else (56, torch.float16)
-    q, k, v = (rand(2, n, h, d, dtype=dtype) for n, h in ((sq, 2), (sk, 1), (sk, 1)))
+    d, dv, dtype = (
+        (56, 56, torch.float16),
+        (64, 64, torch.bfloat16),
+        (96, 96, torch.bfloat16),
+        (80, 72, torch.float16),
+        (96, 64, torch.bfloat16),
+    )[seed % 5]
+    q, k, v = (rand(2, n, h, w, dtype=dtype) for n, h, w in ((sq, 2, d), (sk, 1, d), (sk, 1, dv)))
     x = Inputs(q, k, v, window_right=(-1, 0, 70)[seed // 4], bottom_right=seed % 2 > 0)
-    if seed % 5 == 4:
+    if seed % 3 == 2:
         x.seqused_q = torch.tensor([sq, 70], dtype=torch.int32)
     check(x, schedules=3, programs=1 + seed % 3)
 
@@ -118,6 +135,9 @@ PAGED = [
     (64, 128, 24, 150, (-1, -1)),
     (64, 64, 64, None, (-1, -1)),
     (96, 96, 256, 150, (-1, 0)),
+    (96, 96, 8, None, (40, 0)),
+    (80, 80, 16, 150, (-1, -1)),
+    (192, 160, 64, None, (37, 5)),
     (128, 128, 8, None, (40, 0)),
     (128, 128, 16, 150, (40, 0)),
     (128, 128, 24, 200, (37, 5)),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from headfold.planner import DEVICES, Plan, make_plan
-from headfold.planner.hopper import plan_hopper, tile_dim
+from headfold.planner.hopper import padded_dim, plan_hopper, product_dim
 from headfold.problem import Inputs, Problem, problem_of
 from tests.planner.problems import problem
 
@@ -54,7 +54,7 @@ def test_the_interpreter_keeps_the_triton_kernel() -> None:
     ("other", "words"),
     [
         ({"dtype": torch.float32}, "float16 and bfloat16"),
-        ({"head_dim": 80, "head_dim_v": 80}, "80/80"),
+        ({"head_dim": 40, "head_dim_v": 40}, "40/40"),
         ({"kv_layout": "paged", "page_size": 20}, "boxes of 8 keys or more would not lie in pages of 20"),
         ({"kv_layout": "paged", "page_size": 16, "tensor_mask": True}, "no masks over pages"),
         ({"aligned": False}, "16-byte"),
@@ -101,10 +101,54 @@ def test_short_queries_of_a_group_are_folded_by_the_triton_kernel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("d", "columns"), [(48, 64), (64, 64), (80, 0), (96, 128), (128, 128), (160, 0), (192, 256), (256, 256)]
+    ("d", "whole", "products"),
+    [
+        (40, 0, 0),
+        (48, 64, 64),
+        (64, 64, 64),
+        (72, 0, 80),
+        (80, 0, 80),
+        (88, 0, 96),
+        (96, 128, 96),
+        (104, 128, 128),
+        (128, 128, 128),
+        (136, 0, 160),
+        (168, 0, 192),
+        (192, 256, 192),
+        (256, 256, 256),
+    ],
 )
-def test_a_tile_is_padded_by_a_quarter_of_its_columns_at_most(d: int, columns: int) -> None:
-    assert tile_dim(d) == columns
+def test_a_quarter_of_the_columns_is_padding_at_most(d: int, whole: int, products: int) -> None:
+    assert (padded_dim(d), product_dim(d)) == (whole, products)
+
+
+@pytest.mark.parametrize(
+    ("d", "dv", "length", "parts", "keys"),
+    [
+        (96, 96, 1024, ((64, 32), (128, 0)), 128),  # two consumers: padded values are faster
+        (96, 96, 4096, ((64, 32), (64, 32)), 128),
+        (72, 80, 4096, ((64, 16), (64, 16)), 128),
+        (192, 128, 4096, ((128, 64), (128, 0)), 128),
+        (192, 192, 4096, ((128, 64), (128, 64)), 64),
+        (160, 96, 4096, ((128, 32), (128, 0)), 128),
+        (256, 136, 4096, ((256, 0), (128, 32)), 64),
+    ],
+)
+def test_products_are_over_the_columns_there_are(
+    d: int, dv: int, length: int, parts: tuple[tuple[int, int], tuple[int, int]], keys: int
+) -> None:
+    p = problem(32, 32, 4, length, length, d, head_dim_v=dv, device_type="cuda")
+    plan = make_plan(p, H200)
+    assert (plan.backend, (plan.d_parts, plan.dv_parts), plan.block_n) == ("hopper", parts, keys)
+    assert plan.shared_memory <= H200.smem
+    assert f"head dimensions {d}/{dv} run in" in plan.explain(p, H200)
+
+
+def test_masks_are_for_tiles_in_one_part() -> None:
+    plan = make_plan(prefill(head_dim=96, head_dim_v=96, tensor_mask=True), H200)
+    assert (plan.backend, plan.d_parts, plan.dv_parts) == ("hopper", (128, 0), (128, 0))
+    assert "head dimensions 96/96 run in 128 and 128 columns" in plan.reasons
+    assert "80/80" in reason(prefill(head_dim=80, head_dim_v=80, tensor_mask=True))
 
 
 def test_a_ragged_batch_is_laid_out_at_its_bound() -> None:
@@ -189,6 +233,11 @@ def small(sq: int, sk: int, **other: Any) -> Problem:
         (small(8192, 8192, q_layout="ragged"), 128),
         (small(8192, 8192, lengths_on_device=True), 128),
         (small(8192, 8192, tensor_mask=True), 128),
+        (problem(24, 24, 4, 4096, 4096, 96, device_type="cuda"), 192),
+        (problem(24, 24, 4, 4096, 4096, 80, device_type="cuda"), 192),
+        (problem(24, 24, 4, 1024, 1024, 96, device_type="cuda"), 128),
+        (problem(24, 24, 4, 4096, 4096, 96, device_type="cuda", window_right=0), 128),
+        (problem(24, 24, 4, 8192, 8192, 96, device_type="cuda", window_right=0), 192),
         (problem(32, 8, 4, 8192, 8192, 128, device_type="cuda"), 128),
     ],
 )

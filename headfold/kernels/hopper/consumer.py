@@ -7,37 +7,19 @@ from headfold.kernels.hopper.compat import (
     gl,
     gluon,
     mbarrier,
-    view_as,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
-from headfold.kernels.hopper.layouts import (
-    GROUP_ROWS,
-    accumulator,
-    shared_layout,
-    store_layout,
+from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, staged_columns, store_layout
+from headfold.kernels.hopper.products import (
+    issue_scores,
+    issue_values,
+    no_values,
+    operands,
+    scaled,
+    wait_values,
 )
 from headfold.kernels.hopper.schedule import pass_turn, receive, wait_turn
 from headfold.kernels.hopper.spans import EDGE, full_blocks, hide, seen_blocks, tile_blocks
-
-
-@gluon.jit
-def matrix(buffer, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """A box (1, 1, ROWS, COLUMNS) of shared memory as a matrix."""
-    layout: gl.constexpr = shared_layout(ROWS, COLUMNS, buffer.dtype.primitive_bitwidth, 2)
-    return view_as(buffer, buffer.dtype, [ROWS, COLUMNS], layout)
-
-
-@gluon.jit
-def issue_scores(query, keys, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Q K^T under way, both from shared memory."""
-    return warpgroup_mma(
-        matrix(query, GROUP_ROWS, HEAD_DIM),
-        matrix(keys, BLOCK_N, HEAD_DIM).permute([1, 0]),
-        gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, accumulator(BLOCK_N)),
-        use_acc=False,
-        is_async=True,
-    )
 
 
 @gluon.jit
@@ -65,28 +47,43 @@ def attend(
     GROUPS: gl.constexpr,
     EARLY: gl.constexpr,
 ):
-    """Blocks blocks[0]-1 down to blocks[1]: the scores of a block are under way while the one before it is weighed."""
+    """Blocks blocks[0]-1 down to blocks[1], the weights of the one before them at hand."""
     words, acc, row_max, row_sum = state
     k_full, k_free, v_full, v_free, turns = bars
     IN_TURN: gl.constexpr = GROUPS > 2
     # Scaling accumulators is 128 of a block's 400 instructions at d256. Measured: 3 % faster there, 4 to 7 % slower below.
-    LAZY: gl.constexpr = HEAD_DIM_V > 128
+    LAZY: gl.constexpr = HEAD_DIM_V > 192
+    # Three consumers have no registers for scores, the weights before them and accumulators of more than 64 columns.
+    OVERLAP: gl.constexpr = GROUPS == 2 or HEAD_DIM_V <= 64
     for i in range(blocks[0] - blocks[1]):
         stage = count % STAGES
         older = (count - 1) % STAGES
-        mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-        if IN_TURN:
+        if OVERLAP:
+            mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+            if IN_TURN:
+                mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
+                wait_turn(turns, count, GROUP)
+            scores = issue_scores(query, operands(k_buffers, stage, BLOCK_N, HEAD_DIM), BLOCK_N)
+            if not IN_TURN:
+                mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
+            values = operands(v_buffers, older, BLOCK_N, HEAD_DIM_V)
+            acc = issue_values(softmax.unpack(words, query[0].dtype), values, acc)
+            if IN_TURN:
+                pass_turn(turns, GROUP, GROUPS)
+            scores = warpgroup_mma_wait(len(acc), deps=[scores])
+            mbarrier.arrive(k_free.index(stage), count=1)
+        else:
             mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
             wait_turn(turns, count, GROUP)
-        scores = issue_scores(query, k_buffers.index(stage), BLOCK_N, HEAD_DIM)
-        if not IN_TURN:
-            mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
-        values = matrix(v_buffers.index(older), BLOCK_N, HEAD_DIM_V)
-        acc = warpgroup_mma(softmax.unpack(words, query.dtype), values, acc, is_async=True)
-        if IN_TURN:
+            values = operands(v_buffers, older, BLOCK_N, HEAD_DIM_V)
+            acc = issue_values(softmax.unpack(words, query[0].dtype), values, acc)
+            mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+            acc = wait_values(acc)
+            mbarrier.arrive(v_free.index(older), count=1)
+            scores = issue_scores(query, operands(k_buffers, stage, BLOCK_N, HEAD_DIM), BLOCK_N)
             pass_turn(turns, GROUP, GROUPS)
-        scores = warpgroup_mma_wait(1, deps=[scores])
-        mbarrier.arrive(k_free.index(stage), count=1)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            mbarrier.arrive(k_free.index(stage), count=1)
         if MASKED:
             key = low + (blocks[0] - 1 - i) * BLOCK_N
             scores = hide(scores, own, window, sk, key, LEFT)
@@ -96,18 +93,19 @@ def attend(
             )
         else:
             weights, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, MASKED)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(v_free.index(older), count=1)
+        if OVERLAP:
+            acc = wait_values(acc)
+            mbarrier.arrive(v_free.index(older), count=1)
         # The next tile's queries come while this one is finished. Above the wait this branch parts what ptxas schedules
         # together (d256, 4096: 626 TFLOP/s against 632).
         if EARLY:
             if blocks[0] - 1 - i == 0:
                 mbarrier.arrive(q_done, count=1)
         if LAZY:
-            acc = softmax.shrunk(acc, shrink)
+            acc = (softmax.shrunk(acc[0], shrink),)
         else:
-            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
-        words = softmax.pack(weights, query.dtype)
+            acc = scaled(acc, shrink)
+        words = softmax.pack(weights, query[0].dtype)
         count += 1
     return (words, acc, row_max, row_sum), count
 
@@ -140,6 +138,24 @@ def release(free):
 
 
 @gluon.jit
+def zero_from(values, key, end):
+    """Zero rows of shared memory from key `end` on, the first row being key `key`."""
+    layout: gl.constexpr = store_layout(values.shape[1])
+    index = key + gl.arange(0, values.shape[0], gl.SliceLayout(1, layout))
+    loaded = values.load(layout)
+    values.store(gl.where((index < end)[:, None], loaded, gl.zeros_like(loaded)))
+
+
+@gluon.jit
+def zero_before(values, rows):
+    """Zero the first `rows` rows of shared memory."""
+    layout: gl.constexpr = store_layout(values.shape[1])
+    index = gl.arange(0, values.shape[0], gl.SliceLayout(1, layout))
+    loaded = values.load(layout)
+    values.store(gl.where((index >= rows)[:, None], loaded, gl.zeros_like(loaded)))
+
+
+@gluon.jit
 def zero_unseen(
     v_buffers,
     v_full,
@@ -164,28 +180,22 @@ def zero_unseen(
         end = gl.minimum(end, sk)
     if (end < key + BLOCK_N) & outside:
         PART: gl.constexpr = 32
-        layout: gl.constexpr = store_layout(HEAD_DIM_V)
         stage = count % STAGES
         mbarrier.wait(v_full.index(stage), (count // STAGES) & 1)
-        values = matrix(v_buffers.index(stage), BLOCK_N, HEAD_DIM_V)
+        values = operands(v_buffers, stage, BLOCK_N, HEAD_DIM_V)
         for i in gl.static_range(BLOCK_N // PART):
             if end < key + (i + 1) * PART:
-                part = values.slice(i * PART, PART)
-                index = key + i * PART + gl.arange(0, PART, gl.SliceLayout(1, layout))
-                loaded = part.load(layout)
-                part.store(gl.where((index < end)[:, None], loaded, gl.zeros_like(loaded)))
+                for j in gl.static_range(len(values)):
+                    zero_from(values[j].slice(i * PART, PART), key + i * PART, end)
         fence_async_shared()
         barrier()
 
 
 @gluon.jit
-def zero_front(values, rows, HEAD_DIM_V: gl.constexpr):
+def zero_front(values, rows):
     """Zero the first `rows` values of a tile's first block, fewer than EDGE, which lie before the first key it sees."""
-    layout: gl.constexpr = store_layout(HEAD_DIM_V)
-    part = values.slice(0, EDGE)
-    index = gl.arange(0, EDGE, gl.SliceLayout(1, layout))
-    loaded = part.load(layout)
-    part.store(gl.where((index >= rows)[:, None], loaded, gl.zeros_like(loaded)))
+    for i in gl.static_range(len(values)):
+        zero_before(values[i].slice(0, EDGE), rows)
     fence_async_shared()
     barrier()
 
@@ -197,40 +207,49 @@ def offset(base, strides, batch, row, head, UNIT: gl.constexpr):
 
 
 @gluon.jit
-def store(acc, row_max, row_sum, scale, staging, Out, Lse, first, sq, COLUMNS: gl.constexpr):
-    """Finish 64 rows and write those that exist; COLUMNS of the accumulator's are the head dimension, the rest is padding.
-
-    Wider rows than `staging` has leave in two halves.
-    """
-    lse_base, lse_stride = Lse
-    inverse, lse = softmax.finish(row_max, row_sum, scale)
-    acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
-    position = first + gl.arange(0, GROUP_ROWS, row_max.type.layout)
-    gl.store(lse_base + position.to(gl.int64) * lse_stride, lse, mask=position < sq)
-    WIDTH: gl.constexpr = staging.shape[1]
-    if WIDTH == acc.shape[1]:
-        store_columns(acc, 0, staging, Out, first, sq, COLUMNS)
-    else:
-        left, right = acc.reshape([GROUP_ROWS, 2, WIDTH]).permute([0, 2, 1]).split()
-        store_columns(left, 0, staging, Out, first, sq, COLUMNS)
-        store_columns(right, WIDTH, staging, Out, first, sq, COLUMNS)
+def write(staged, base, stride, first, sq, COLUMNS: gl.constexpr):
+    """Write 64 rows of shared memory, as far as there are rows and COLUMNS."""
+    WIDTH: gl.constexpr = staged.shape[1]
+    layout: gl.constexpr = store_layout(WIDTH)
+    row = first + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    live = (row < sq)[:, None]
+    if COLUMNS < WIDTH:
+        live = live & (column < COLUMNS)[None, :]
+    offsets = row.to(gl.int64)[:, None] * (stride * 8) + column[None, :]
+    gl.store(base + offsets, staged.load(layout), mask=live)
 
 
 @gluon.jit
-def store_columns(results, start: gl.constexpr, staging, Out, first, sq, COLUMNS: gl.constexpr):
-    """Write the columns of 64 rows from `start` on, through shared memory in 16-byte pieces, the unit of Out's strides."""
-    base, stride = Out
-    WIDTH: gl.constexpr = staging.shape[1]
-    layout: gl.constexpr = store_layout(WIDTH)
-    results = gl.convert_layout(results, accumulator(WIDTH), assert_trivial=True)
-    staging.store(results.to(staging.dtype))
-    row = first + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
-    column = start + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    live = (row < sq)[:, None]
-    if COLUMNS < start + WIDTH:
-        live = live & (column < COLUMNS)[None, :]
-    offsets = row.to(gl.int64)[:, None] * (stride * 8) + column[None, :]
-    gl.store(base + offsets, staging.load(layout), mask=live)
+def store(acc, row_max, row_sum, scale, staging, Out, Lse, first, sq, COLUMNS: gl.constexpr):
+    """Finish 64 rows and write those that exist; COLUMNS of the accumulator's are the head dimension, the rest is padding.
+
+    `acc` are parts, and `staging` too. Wider rows than it has leave in two halves.
+    """
+    out_base, out_stride = Out
+    lse_base, lse_stride = Lse
+    inverse, lse = softmax.finish(row_max, row_sum, scale)
+    acc = scaled(acc, inverse)
+    position = first + gl.arange(0, GROUP_ROWS, row_max.type.layout)
+    gl.store(lse_base + position.to(gl.int64) * lse_stride, lse, mask=position < sq)
+    FIRST: gl.constexpr = acc[0].shape[1]
+    WIDTH: gl.constexpr = staging[0].shape[1]
+    if len(acc) > 1:
+        staging[0].store(acc[0].to(staging[0].dtype))
+        staging[1].store(acc[1].to(staging[1].dtype))
+        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
+        write(staging[1], out_base + FIRST, out_stride, first, sq, COLUMNS - FIRST)
+    elif WIDTH == FIRST:
+        staging[0].store(acc[0].to(staging[0].dtype))
+        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
+    else:
+        left, right = acc[0].reshape([GROUP_ROWS, 2, WIDTH]).permute([0, 2, 1]).split()
+        left = gl.convert_layout(left, accumulator(WIDTH), assert_trivial=True)
+        right = gl.convert_layout(right, accumulator(WIDTH), assert_trivial=True)
+        staging[0].store(left.to(staging[0].dtype))
+        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
+        staging[0].store(right.to(staging[0].dtype))
+        write(staging[0], out_base + WIDTH, out_stride, first, sq, COLUMNS - WIDTH)
 
 
 @gluon.jit
@@ -262,6 +281,7 @@ def consume(
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     COLUMNS: gl.constexpr,
+    SHARED: gl.constexpr,
     VARLEN: gl.constexpr,
     LEFT: gl.constexpr,
 ):
@@ -274,8 +294,8 @@ def consume(
     lse_base, lse_strides = Lse
     flow = (k_full, k_free, v_full, v_free, turns)
     IN_TURN: gl.constexpr = GROUPS > 2
-    Q_STAGES: gl.constexpr = q_buffers.type.shape[0] // GROUPS
-    EARLY: gl.constexpr = Q_STAGES == 1
+    Q_STAGES: gl.constexpr = q_buffers[0].type.shape[0] // GROUPS
+    EARLY: gl.constexpr = Q_STAGES == 1 and not SHARED
     turn = 0
     count = 0
     letter = receive(turn, lengths, mail, posted, taken, VARLEN)
@@ -286,13 +306,13 @@ def consume(
         count = skip(hidden, count, flow, STAGES, GROUP, GROUPS)
         stage = count % STAGES
         q_slot = turn % Q_STAGES * GROUPS + GROUP
-        query = q_buffers.index(q_slot)
+        query = operands(q_buffers, q_slot, GROUP_ROWS, HEAD_DIM)
         q_done = q_free.index(q_slot)
         mbarrier.wait(q_full.index(q_slot), (turn // Q_STAGES) & 1)
         mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
         if IN_TURN:
             wait_turn(turns, count, GROUP)
-        scores = issue_scores(query, k_buffers.index(stage), BLOCK_N, HEAD_DIM)
+        scores = issue_scores(query, operands(k_buffers, stage, BLOCK_N, HEAD_DIM), BLOCK_N)
         if IN_TURN:
             pass_turn(turns, GROUP, GROUPS)
         scores = warpgroup_mma_wait(0, deps=[scores])
@@ -310,8 +330,8 @@ def consume(
         right = gl.minimum(right, blocks - 1)
         row_max, row_sum = softmax.begin(BLOCK_N)
         weights, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
-        acc = gl.zeros([GROUP_ROWS, HEAD_DIM_V], gl.float32, accumulator(HEAD_DIM_V))
-        state = (softmax.pack(weights, query.dtype), acc, row_max, row_sum)
+        acc = no_values(HEAD_DIM_V)
+        state = (softmax.pack(weights, query[0].dtype), acc, row_max, row_sum)
         # Blocks that some row does not see in full lie at both ends.
         state, count = attend(
             state, query, k_buffers, v_buffers, flow, q_done, count, (blocks - 1, right), low, sk, own + shift, window,
@@ -326,30 +346,32 @@ def consume(
                 state, query, k_buffers, v_buffers, flow, q_done, count, (left, 0), low, sk, own + shift, window,
                 scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS, EARLY,
             )  # fmt: skip
-        if not EARLY:
+        if not EARLY and not SHARED:
             mbarrier.arrive(q_done, count=1)
         words, acc, row_max, row_sum = state
         older = (count - 1) % STAGES
         mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
-        values = matrix(v_buffers.index(older), BLOCK_N, HEAD_DIM_V)
+        values = operands(v_buffers, older, BLOCK_N, HEAD_DIM_V)
         if LEFT:
             if start > low:
-                zero_front(values, start - low, HEAD_DIM_V)
-        acc = warpgroup_mma(softmax.unpack(words, query.dtype), values, acc, is_async=True)
+                zero_front(values, start - low)
+        acc = issue_values(softmax.unpack(words, query[0].dtype), values, acc)
         turn += 1
         letter = receive(turn, lengths, mail, posted, taken, VARLEN)
         spans = own_spans(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, LEFT)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        acc = wait_values(acc)
         mbarrier.arrive(v_free.index(older), count=1)
         store(
             acc,
             row_max,
             row_sum,
             scale_log2 * 0.6931471805599453,
-            matrix(staging.index(GROUP), GROUP_ROWS, staging.type.shape[4]),
+            operands(staging, GROUP, GROUP_ROWS, staged_columns(staging[0].type.shape[4], HEAD_DIM_V)),
             (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1]),
             (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1]),
             own,
             sq,
             COLUMNS,
         )
+        if SHARED:
+            release(q_done)

@@ -12,9 +12,9 @@ from headfold.kernels.hopper.compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from headfold.kernels.hopper.consumer import matrix
 from headfold.kernels.hopper.decode_schedule import share
 from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, store_layout, weights_layout
+from headfold.kernels.hopper.products import matrix
 from headfold.kernels.parts.division import divide
 from headfold.kernels.parts.spans import visible_keys
 

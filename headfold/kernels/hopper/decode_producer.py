@@ -24,7 +24,7 @@ def fetch(
     COLUMNS: gl.constexpr = buffers.type.shape[4]
     mbarrier.expect(bar, BLOCK_N * COLUMNS * (desc.dtype.primitive_bitwidth // 8))
     if PAGE_ROWS > 0:
-        fetch_pages(desc, found, head, pages[2], pages[3], bar, buffers, stage, BLOCK_N, COLUMNS)
+        fetch_pages(desc, found, head, pages[2], pages[3], bar, (buffers,), stage, BLOCK_N, COLUMNS)
     else:
         tma_load(desc, [where[0], head, where[1], 0], bar, buffers.index(stage))
 

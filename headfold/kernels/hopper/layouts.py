@@ -3,6 +3,7 @@
 from headfold.kernels.hopper.compat import gl, gluon
 
 GROUP_ROWS = gl.constexpr(64)  # rows of a consumer warpgroup: what one wgmma instruction takes
+SWIZZLED = gl.constexpr(128)  # bytes of a row of shared memory as it is swizzled
 
 
 @gluon.constexpr_function
@@ -11,6 +12,32 @@ def shared_layout(rows, columns, bits, rank):
     width = columns * bits // 8
     swizzle = next((n for n in (128, 64, 32) if width % n == 0), 0)
     return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=rank)
+
+
+@gluon.constexpr_function
+def first_part(columns):
+    """Columns of a head dimension's first part, the largest power of two; the rest are the second."""
+    return 1 << (columns.bit_length() - 1)
+
+
+@gluon.constexpr_function
+def columns_in_memory(columns, bits):
+    """Columns of both parts as they lie in shared memory: the second has rows of the swizzling's width."""
+    first = first_part(columns)
+    return first + (SWIZZLED.value * 8 // bits if columns > first else 0)
+
+
+@gluon.constexpr_function
+def hold(columns, others):
+    """Whether buffers of `columns` have room for `others`, part by part."""
+    first, first_of_others = first_part(columns), first_part(others)
+    return first >= first_of_others and (columns > first or others == first_of_others)
+
+
+@gluon.constexpr_function
+def staged_columns(width, columns):
+    """Columns of results that leave at a time through buffers whose first part is `width` wide: all, or a half."""
+    return columns if width >= first_part(columns) else width
 
 
 @gluon.constexpr_function

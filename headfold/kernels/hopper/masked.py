@@ -8,8 +8,15 @@ from headfold.kernels.hopper.compat import (
     view_as,
     warpgroup_mma,
 )
-from headfold.kernels.hopper.consumer import matrix, offset, release, store, zero_unseen
-from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, shared_layout, weights_layout
+from headfold.kernels.hopper.consumer import offset, release, store, zero_unseen
+from headfold.kernels.hopper.layouts import (
+    GROUP_ROWS,
+    accumulator,
+    shared_layout,
+    staged_columns,
+    weights_layout,
+)
+from headfold.kernels.hopper.products import matrix, operands
 from headfold.kernels.hopper.schedule import receive
 from headfold.kernels.hopper.spans import full_blocks, hide, tile_blocks
 
@@ -81,7 +88,7 @@ def consume_masked(
     lse_base, lse_strides = Lse
     layout: gl.constexpr = accumulator(BLOCK_N)
     ADDED: gl.constexpr = mask_buffers.dtype.is_floating()
-    query = matrix(q_buffers.index(GROUP), GROUP_ROWS, HEAD_DIM)
+    query = matrix(q_buffers[0].index(GROUP), GROUP_ROWS, HEAD_DIM)
     scale = scale_log2 * 0.6931471805599453
     turn = 0
     count = 0
@@ -106,7 +113,7 @@ def consume_masked(
             mask = mask_buffers.index(stage * GROUPS + GROUP)
             mbarrier.wait(k_full.index(stage), phase)
             if is_alive(mask, BLOCK_N) & (own < sq):
-                keys = matrix(k_buffers.index(stage), BLOCK_N, HEAD_DIM)
+                keys = matrix(k_buffers[0].index(stage), BLOCK_N, HEAD_DIM)
                 zeros = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, layout)
                 scores = warpgroup_mma(query, keys.permute([1, 0]), zeros, use_acc=False)
                 bias = matrix(mask, GROUP_ROWS, BLOCK_N).load(layout)
@@ -126,18 +133,18 @@ def consume_masked(
                 acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
                 operand = gl.convert_layout(weights.to(query.dtype), weights_layout(BLOCK_N))
                 mbarrier.wait(v_full.index(stage), phase)
-                acc = warpgroup_mma(operand, matrix(v_buffers.index(stage), BLOCK_N, HEAD_DIM_V), acc)
+                acc = warpgroup_mma(operand, matrix(v_buffers[0].index(stage), BLOCK_N, HEAD_DIM_V), acc)
             else:
                 release(k_free.index(stage))
                 mbarrier.wait(v_full.index(stage), phase)
             mbarrier.arrive(v_free.index(stage), count=1)
             count += 1
         store(
-            acc,
+            (acc,),
             row_max,
             row_sum,
             1.0 if ADDED else scale,
-            matrix(staging.index(GROUP), GROUP_ROWS, min(HEAD_DIM_V, staging.type.shape[4])),
+            operands(staging, GROUP, GROUP_ROWS, staged_columns(staging[0].type.shape[4], HEAD_DIM_V)),
             (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1]),
             (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1]),
             own,

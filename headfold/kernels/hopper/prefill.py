@@ -2,7 +2,7 @@
 
 from headfold.kernels.hopper.compat import fence_async_shared, gl, gluon, mbarrier
 from headfold.kernels.hopper.consumer import consume
-from headfold.kernels.hopper.layouts import GROUP_ROWS
+from headfold.kernels.hopper.layouts import GROUP_ROWS, columns_in_memory, first_part, hold, shared_layout
 from headfold.kernels.hopper.masked import consume_masked
 from headfold.kernels.hopper.producer import produce
 from headfold.kernels.hopper.schedule import LETTER
@@ -27,6 +27,24 @@ def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
     for i in gl.static_range(SLOTS):
         mbarrier.init(bars.index(i), count=ARRIVALS)
     return bars
+
+
+@gluon.jit
+def buffers_of(dtype: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """COUNT buffers of boxes (1, 1, ROWS, COLUMNS): those of the first part, and those of the second where there is one.
+
+    The second part's rows have the width of the swizzling, as products.py says.
+    """
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    FIRST: gl.constexpr = first_part(COLUMNS)
+    first = gl.allocate_shared_memory(dtype, [COUNT, 1, 1, ROWS, FIRST], shared_layout(ROWS, FIRST, BITS, 4))
+    second = first  # not used without a second part
+    if COLUMNS > FIRST:
+        REST: gl.constexpr = columns_in_memory(COLUMNS, BITS) - FIRST
+        second = gl.allocate_shared_memory(
+            dtype, [COUNT, 1, 1, ROWS, REST], shared_layout(ROWS, REST, BITS, 4)
+        )
+    return first, second
 
 
 @gluon.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
@@ -84,11 +102,9 @@ def prefill_kernel(
 ):
     """Grid: one program a multiprocessor."""
     dtype: gl.constexpr = q_desc.dtype
-    q_buffers = gl.allocate_shared_memory(
-        dtype, [Q_STAGES * GROUPS, 1, 1, GROUP_ROWS, HEAD_DIM], q_desc.layout
-    )
-    k_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
-    v_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM_V], v_desc.layout)
+    q_buffers = buffers_of(dtype, Q_STAGES * GROUPS, GROUP_ROWS, HEAD_DIM)
+    k_buffers = buffers_of(dtype, STAGES, BLOCK_N, HEAD_DIM)
+    v_buffers = buffers_of(dtype, STAGES, BLOCK_N, HEAD_DIM_V)
     mail = gl.allocate_shared_memory(gl.int32, [2 * LETTER, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = barriers(Q_STAGES * GROUPS, 1)
     q_free = barriers(Q_STAGES * GROUPS, 1)
@@ -99,18 +115,18 @@ def prefill_kernel(
     posted = barriers(2, 1)
     taken = barriers(2, GROUPS)
     turns = barriers(GROUPS, 1)
-    mask_buffers = k_buffers  # not used without a mask
+    mask_buffers = k_buffers[0]  # not used without a mask
     if MASKED:
         mask_buffers = gl.allocate_shared_memory(
             mask_desc.dtype, [STAGES * GROUPS, 1, 1, GROUP_ROWS, BLOCK_N], mask_desc.layout
         )
-    # Beside mask blocks shared memory is short: the results leave where the queries lay, and the next queries come later.
-    SHARED: gl.constexpr = MASKED and HEAD_DIM >= HEAD_DIM_V
+    # Where shared memory is short the results leave where the queries lay, and the next queries come later.
+    SHORT: gl.constexpr = MASKED or (HEAD_DIM > 128 and BLOCK_N > 64)
+    SHARED: gl.constexpr = SHORT and hold(HEAD_DIM, HEAD_DIM_V)
     if SHARED:
         staging = q_buffers
     else:
-        WIDTH: gl.constexpr = min(HEAD_DIM_V, 128)
-        staging = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, GROUP_ROWS, WIDTH], v_desc.layout)
+        staging = buffers_of(dtype, GROUPS, GROUP_ROWS, 128 if HEAD_DIM_V == 256 else HEAD_DIM_V)
     fence_async_shared()
     total = tiles * units
     if VARLEN:
@@ -165,7 +181,7 @@ def prefill_kernel(
                         VARLEN,
                     ),
                 ),
-                (produce, (fetch, BLOCK_N, GROUPS, STAGES, True, VARLEN, False, 0)),
+                (produce, (fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, True, VARLEN, False, 0)),
             ],
             [4, 1],
             [240, 24],
@@ -175,13 +191,13 @@ def prefill_kernel(
             [
                 (
                     consume,
-                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, VARLEN, LEFT),
+                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
                 (
                     consume,
-                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, VARLEN, LEFT),
+                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
-                (produce, (fetch, BLOCK_N, 2, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
+                (produce, (fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
             ],
             [4, 1],
             [240, 24],
@@ -191,17 +207,17 @@ def prefill_kernel(
             [
                 (
                     consume,
-                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, VARLEN, LEFT),
+                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
                 (
                     consume,
-                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, VARLEN, LEFT),
+                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
                 (
                     consume,
-                    (2, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, VARLEN, LEFT),
+                    (2, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
-                (produce, (fetch, BLOCK_N, 3, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
+                (produce, (fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
             ],
             [4, 4, 1],
             [160, 160, 24],

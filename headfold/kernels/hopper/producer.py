@@ -1,7 +1,7 @@
 """The producer: one warp that takes tiles from the counter and has the copy engine fetch Q, K, V and mask blocks."""
 
 from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load, view_as
-from headfold.kernels.hopper.layouts import shared_layout
+from headfold.kernels.hopper.layouts import columns_in_memory, shared_layout
 from headfold.kernels.hopper.schedule import last_place, one_each, publish, sign_off, take
 from headfold.kernels.hopper.spans import find, locate, sequence, tile_blocks
 
@@ -37,6 +37,22 @@ def boxes_of(buffers, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
+def fetch_rows(desc, batch, head, row, bar, buffers, index, COLUMNS: gl.constexpr):
+    """Issue a block of rows: one box, or with two parts a box for the columns of each swizzled row."""
+    FIRST: gl.constexpr = buffers[0].type.shape[4]
+    if FIRST == COLUMNS:
+        tma_load(desc, [batch, head, row, 0], bar, buffers[0].index(index))
+    else:
+        ROWS: gl.constexpr = desc.block_type.shape[2]
+        WIDTH: gl.constexpr = desc.block_type.shape[3]
+        PARTS: gl.constexpr = FIRST // WIDTH
+        slots = boxes_of(buffers[0], ROWS, WIDTH)
+        for c in gl.static_range(PARTS):
+            tma_load(desc, [batch, head, row, c * WIDTH], bar, slots.index(index * PARTS + c))
+        tma_load(desc, [batch, head, row, FIRST], bar, buffers[1].index(index))
+
+
+@gluon.jit
 def fetch_pages(
     desc, found, head, page_size, count, bar, buffers, stage, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr
 ):
@@ -48,13 +64,17 @@ def fetch_pages(
     PAGE_ROWS: gl.constexpr = desc.block_type.shape[2]
     WIDTH: gl.constexpr = desc.block_type.shape[3]
     BOXES: gl.constexpr = BLOCK_N // PAGE_ROWS
-    PARTS: gl.constexpr = COLUMNS // WIDTH
-    slots = boxes_of(buffers, PAGE_ROWS, WIDTH)
+    FIRST: gl.constexpr = buffers[0].type.shape[4]
+    PARTS: gl.constexpr = FIRST // WIDTH
+    slots = boxes_of(buffers[0], PAGE_ROWS, WIDTH)
     box = gl.arange(0, LANES, one_each(1))
     for i in range(count):
         page = gl.max(gl.where(box == i, pages, -1), 0)
         for c in gl.static_range(PARTS):
             tma_load(desc, [page, head, row, c * WIDTH], bar, slots.index((stage * PARTS + c) * BOXES + i))
+        if COLUMNS > FIRST:
+            second = boxes_of(buffers[1], PAGE_ROWS, WIDTH)
+            tma_load(desc, [page, head, row, FIRST], bar, second.index(stage * BOXES + i))
         row += PAGE_ROWS
         row = gl.where(row == page_size, 0, row)
 
@@ -62,6 +82,8 @@ def fetch_pages(
 @gluon.jit
 def produce(
     common,
+    HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
     BLOCK_N: gl.constexpr,
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -91,11 +113,11 @@ def produce(
     q_buffers, k_buffers, v_buffers, mask_buffers = buffers
     q_full, q_free, k_full, k_free, v_full, v_free, turns = bars
     mail, posted, taken = letters
-    ROWS: gl.constexpr = q_buffers.type.shape[3]
-    Q_STAGES: gl.constexpr = q_buffers.type.shape[0] // GROUPS
-    HEAD_DIM: gl.constexpr = k_buffers.type.shape[4]
-    HEAD_DIM_V: gl.constexpr = v_buffers.type.shape[4]
-    SIZE: gl.constexpr = k_desc.dtype.primitive_bitwidth // 8
+    ROWS: gl.constexpr = q_buffers[0].type.shape[3]
+    Q_STAGES: gl.constexpr = q_buffers[0].type.shape[0] // GROUPS
+    BITS: gl.constexpr = k_desc.dtype.primitive_bitwidth
+    ROW_BYTES: gl.constexpr = columns_in_memory(HEAD_DIM, BITS) * BITS // 8
+    ROW_BYTES_V: gl.constexpr = columns_in_memory(HEAD_DIM_V, BITS) * BITS // 8
     programs = gl.num_programs(0)
     number = gl.program_id(0)
     turn = 0
@@ -117,14 +139,10 @@ def produce(
         kv_head = head // group
         for c in gl.static_range(GROUPS):
             slot = turn % Q_STAGES * GROUPS + c
+            row = q_first + first + c * ROWS
             mbarrier.wait(q_free.index(slot), ((turn // Q_STAGES) & 1) ^ 1)
-            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
-            tma_load(
-                q_desc,
-                [q_batch, head, q_first + first + c * ROWS, 0],
-                q_full.index(slot),
-                q_buffers.index(slot),
-            )
+            mbarrier.expect(q_full.index(slot), ROWS * ROW_BYTES)
+            fetch_rows(q_desc, q_batch, head, row, q_full.index(slot), q_buffers, slot, HEAD_DIM)
         for i in range(blocks):
             if i == gl.minimum(
                 blocks - 1, STAGES
@@ -148,32 +166,26 @@ def produce(
                         mask_buffers.index(stage * GROUPS + c),
                     )
             else:
-                mbarrier.expect(k_full.index(stage), BLOCK_N * HEAD_DIM * SIZE)
+                mbarrier.expect(k_full.index(stage), BLOCK_N * ROW_BYTES)
             if PAGE_ROWS > 0:
                 fetch_pages(
                     k_desc, where, kv_head, pages[2], pages[3], k_full.index(stage), k_buffers, stage, BLOCK_N,
                     HEAD_DIM,
                 )  # fmt: skip
             else:
-                tma_load(
-                    k_desc,
-                    [k_batch, kv_head, k_first + key, 0],
-                    k_full.index(stage),
-                    k_buffers.index(stage),
+                fetch_rows(
+                    k_desc, k_batch, kv_head, k_first + key, k_full.index(stage), k_buffers, stage, HEAD_DIM
                 )
             mbarrier.wait(v_free.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), BLOCK_N * HEAD_DIM_V * SIZE)
+            mbarrier.expect(v_full.index(stage), BLOCK_N * ROW_BYTES_V)
             if PAGE_ROWS > 0:
                 fetch_pages(
                     v_desc, where, kv_head, pages[2], pages[3], v_full.index(stage), v_buffers, stage, BLOCK_N,
                     HEAD_DIM_V,
                 )  # fmt: skip
             else:
-                tma_load(
-                    v_desc,
-                    [k_batch, kv_head, k_first + key, 0],
-                    v_full.index(stage),
-                    v_buffers.index(stage),
+                fetch_rows(
+                    v_desc, k_batch, kv_head, k_first + key, v_full.index(stage), v_buffers, stage, HEAD_DIM_V
                 )
             count += 1
         turn += 1
