@@ -21,6 +21,8 @@ OPEN_SIDE = 2**30
 # Stands for a softmax scale of 0: every score becomes 0 to the last bit, and a hidden one stays -inf.
 NO_SCALE = 1e-30
 
+# Rows that begin so many bytes behind the first are out of reach of 32 bits with a sign, in units of 16 bytes.
+FAR = 2**35
 # Bytes of a row of shared memory as it is swizzled.
 SWIZZLED = 128
 
@@ -71,6 +73,7 @@ def launch_arguments(
     # Boxes of pages go into shared memory one by one: they are as wide as what lies there in one piece.
     # So are those of head dimensions in two parts.
     rows_of_box = plan.page_rows or keys
+    copied = plan.page_rows == 1  # row by row, which takes no boxes
     d, dv = sum(plan.d_parts), sum(plan.dv_parts)
     piece = SWIZZLED // x.q.element_size()
     width, width_v = (piece if rest else first for first, rest in (plan.d_parts, plan.dv_parts))
@@ -88,8 +91,8 @@ def launch_arguments(
     )
     arguments = (
         boxes(q, rows, width),
-        boxes(k, rows_of_box, piece if plan.page_rows else width),
-        boxes(v, rows_of_box, piece if plan.page_rows else width_v),
+        None if copied else boxes(k, rows_of_box, piece if plan.page_rows else width),
+        None if copied else boxes(v, rows_of_box, piece if plan.page_rows else width_v),
         mask,
         out,
         lse,
@@ -113,19 +116,24 @@ def launch_arguments(
         0 if x.page_table is None else x.page_table.stride(0),
         k.shape[2],
         keys // (plan.page_rows or keys),
+        *((x.k, x.v) if copied else (None, None)),
+        *(t.stride(i) // 8 for t in (k, v) for i in (0, 2, 1)),
         tile_list,
     )
     variant = {
         "HEAD_DIM": d,
         "HEAD_DIM_V": dv,
+        "COLUMNS_K": x.k.shape[-1] if copied else d,
         "COLUMNS": x.v.shape[-1],
         "BLOCK_N": keys,
         "STAGES": plan.num_stages,
-        "Q_STAGES": query_stages(d, plan.block_m, mask is not None),
+        "Q_STAGES": query_stages(d, plan.block_m, mask is not None or copied),
+        "VALUES": plan.value_stages,
         "MASKED": mask is not None,
         "VARLEN": any(given),
         "LEFT": x.window_left >= 0,
         "PAGE_ROWS": plan.page_rows,
+        "FAR": copied and max(_reach(x.k), _reach(x.v)) >= FAR,
         "GROUPS": consumers,
         "num_warps": 4,
         "maxnreg": MAX_REGISTERS[consumers],
@@ -137,6 +145,11 @@ def launch_arguments(
 def by_head(t: torch.Tensor) -> torch.Tensor:
     """(batch, heads, rows, columns), a view; ragged tensors have one batch entry."""
     return (t if t.dim() == 4 else t.unsqueeze(0)).transpose(1, 2)
+
+
+def _reach(t: torch.Tensor) -> int:
+    """Bytes from the first row of a tensor to its last."""
+    return sum((n - 1) * s for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True)) * t.element_size()
 
 
 def _any(t: torch.Tensor | None, lengths: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:

@@ -22,8 +22,12 @@ STAGES = 2
 # Columns that products can be over, in one part or two.
 PRODUCT_DIMS = (64, 80, 96, 128, 160, 192, 256)
 SWIZZLED = 128  # bytes of a row of shared memory as it is swizzled
+# Buffers of V where rows are copied, which come later than boxes: values have half a block's time to come in two.
+COPY_STAGES = 3
 # Boxes lie in shared memory at multiples of 8 rows, the period of its swizzling.
 FEWEST_PAGE_ROWS = 8
+# The prefill copies keys row by row where their boxes would have fewer keys.
+COPIED_BELOW = 16
 # Under a left window a tile's first block begins at a multiple of so many keys (`kernels/hopper/spans.py`).
 EDGE = 16
 # On an H200 this kernel runs at 1.3 times the Triton kernel's TFLOP/s (d128, 4096 keys; d96 1.4, d256 1.9, d64 as
@@ -55,7 +59,9 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
     height = tile_rows(p, device)
     d, dv = columns(p, height)
     keys = block_keys(p)
-    reason = refusal(p, (d, dv), keys)
+    reason = refusal(p, (d, dv))
+    if not reason and p.kv_layout == "paged" and not fetched_rows(p, keys):
+        reason = f"whose boxes of {FEWEST_PAGE_ROWS} keys or more would not lie in pages of {p.page_size}"
     if not reason and p.pack_gqa and p.group > 1:
         reason = "which does not fold, as pack_gqa=True asks"
     per_sequence = -(-p.max_seqlen_q // height)
@@ -71,12 +77,14 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
         return f"the Triton kernel, not the Gluon one, {reason}"
     head_bytes = p.max_seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
     section = max(1, int(device.l2 * SECTION_OF_L2) // head_bytes) * p.group
-    box = page_rows(p, keys) if p.kv_layout == "paged" else 0
+    fetched = fetched_rows(p, keys) if p.kv_layout == "paged" else 0
     dims: tuple[str, ...] = ()
     if (p.head_dim, p.head_dim_v) != (parts(d)[0], parts(dv)[0]):
         cut = [" + ".join(str(n) for n in parts(one) if n) for one in (d, dv)]
         dims = (f"head dimensions {p.head_dim}/{p.head_dim_v} run in {cut[0]} and {cut[1]} columns",)
-    pages = (f"keys come in boxes of {box}, each from one page of {p.page_size}",) if box else ()
+    pages = f"keys come in boxes of {fetched}, each from one page of {p.page_size}" if fetched else ""
+    if fetched == 1:
+        pages = f"keys are copied row by row from pages of {p.page_size}, too small for boxes"
     workers = min(max(1, device.sms - p.sm_margin), p.batch * per_sequence * p.num_heads)
     return Plan(
         backend="hopper",
@@ -89,20 +97,21 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
         tiles_per_sequence=per_sequence,
         num_warps=4 * (height // GROUP_ROWS + 1),
         num_stages=STAGES,
+        value_stages=value_stages(p, keys, height),
         d_parts=parts(d),
         dv_parts=parts(dv),
         use_tma=True,
-        paged=box > 0,
-        page_rows=box,
+        paged=fetched > 0,
+        page_rows=fetched,
         workers=workers,
         section=min(section, p.batch * p.num_heads),
         shared_memory=shared_memory(p, keys, height),
         reasons=(
-            f"{'two' if height == 128 else 'three'} warpgroups compute while another fetches through the copy engine "
-            "(Gluon, docs/hopper.md)",
+            f"{'two' if height == 128 else 'three'} warpgroups compute while another fetches "
+            f"{'' if fetched == 1 else 'through the copy engine '}(Gluon, docs/hopper.md)",
             "a tile holds rows of one head: the heads of a group find K and V in the L2 cache",
             *dims,
-            *pages,
+            *([pages] if pages else []),
         ),
     )
 
@@ -134,9 +143,11 @@ def decode_tile(p: Problem, device: Device, rows: int) -> Tile | str:
     if device.arch != (9, 0) or p.device_type == "cpu" or rows <= TRITON_ROWS:
         return ""
     keys = decode_keys(p)
-    reason = refusal(p, decode_columns(p), keys)
+    reason = refusal(p, decode_columns(p))
     if not reason and p.tensor_mask:
         reason = "whose decode has no masks"
+    if not reason and p.kv_layout == "paged" and page_rows(p, keys) < FEWEST_PAGE_ROWS:
+        reason = f"whose boxes of {FEWEST_PAGE_ROWS} keys or more would not lie in pages of {p.page_size}"
     if not reason and p.tokens_per_split:
         reason = "which has no fixed splits"
     if reason:
@@ -178,8 +189,8 @@ def on_hopper(plan: Plan, p: Problem, tile: Tile) -> Plan:
     )
 
 
-def refusal(p: Problem, dims: tuple[int, int], keys: int) -> str:
-    """Why a kernel of tiles with `dims` columns and blocks of `keys` cannot run `p`, as the end of a sentence.
+def refusal(p: Problem, dims: tuple[int, int]) -> str:
+    """Why a kernel of tiles with `dims` columns cannot run `p`, as the end of a sentence.
 
     Empty when it can.
     """
@@ -187,8 +198,6 @@ def refusal(p: Problem, dims: tuple[int, int], keys: int) -> str:
         return "which is for float16 and bfloat16"
     if not all(dims):
         return f"of whose columns more than a quarter would be padding for {p.head_dim}/{p.head_dim_v}"
-    if p.kv_layout == "paged" and page_rows(p, keys) < FEWEST_PAGE_ROWS:
-        return f"whose boxes of {FEWEST_PAGE_ROWS} keys or more would not lie in pages of {p.page_size}"
     if p.kv_layout == "paged" and p.tensor_mask:
         return "which has no masks over pages"
     if not p.aligned or not p.tma_strides:
@@ -215,6 +224,12 @@ def decode_columns(p: Problem) -> tuple[int, int]:
 def decode_keys(p: Problem) -> int:
     """Keys of a block of the decode kernel."""
     return 128 if max(decode_columns(p)) <= 128 else 64
+
+
+def value_stages(p: Problem, keys: int, rows: int) -> int:
+    """Buffers of V of the prefill."""
+    copied = p.kv_layout == "paged" and fetched_rows(p, keys) == 1
+    return COPY_STAGES if copied and max(columns(p, rows)) <= 128 else STAGES
 
 
 def page_rows(p: Problem, keys: int) -> int:
@@ -247,6 +262,16 @@ def product_dim(d: int) -> int:
     return next((n for n in PRODUCT_DIMS if 3 * n // 4 <= d <= n), 0)
 
 
+def fetched_rows(p: Problem, keys: int) -> int:
+    """Keys of a paged cache that the prefill fetches at a time: those of a box, 1 where rows are copied; 0 where neither
+    can be: rows are copied of head dimensions in one part alone."""
+    rows = page_rows(p, keys)
+    whole = all(not parts(n)[1] for n in columns(p, 2 * GROUP_ROWS))
+    if rows < COPIED_BELOW and whole:
+        return 1
+    return rows if rows >= FEWEST_PAGE_ROWS else 0
+
+
 def padded_dim(d: int) -> int:
     """Columns of a tile that is not cut into parts, for head dimension d; 0 where more than a quarter would be padding.
 
@@ -277,7 +302,11 @@ def shared_memory(p: Problem, keys: int, rows: int) -> int:
     size = p.dtype.itemsize
     d, dv = columns(p, rows)
     wide, wide_v = columns_in_memory(d, size), columns_in_memory(dv, size)
-    total = (STAGES * keys * (wide + wide_v) + query_stages(d, rows, p.tensor_mask) * rows * wide) * size
+    copied = p.kv_layout == "paged" and fetched_rows(p, keys) == 1
+    queries = query_stages(d, rows, p.tensor_mask or copied)
+    total = (keys * (STAGES * wide + value_stages(p, keys, rows) * wide_v) + queries * rows * wide) * size
+    if copied:
+        total += 2 * keys * 8  # where rows of K and of V begin
     if p.tensor_mask:
         total += STAGES * rows * keys * 2
     first, rest = parts(d)

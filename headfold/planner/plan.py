@@ -29,7 +29,8 @@ class Plan:
     `mask_lists` counts the lists of blocks that a mask leaves alive, (sequences, head units, tiles), 1 where all share
     and 0 where no kernel makes them, `mask_list_blocks` the blocks that each may hold.
     `workers` programs of a persistent kernel share the tiles (0: a program each); `section` heads at a time have
-    their K and V in the L2 cache; where it fetches pages, `page_rows` keys come in one box from one of them (0: no pages).
+    their K and V in the L2 cache; where it fetches pages, `page_rows` keys come in one box from one of them (1: each is
+    copied by itself; 0: no pages). It has `num_stages` buffers of K and `value_stages` of V.
     `short` is set for a mixed batch: the plan of its sequences of up to `short_queries` queries, which runs first, and
     this plan leaves those sequences out.
     How the CPU backend reads a Plan is said in `backends/cpu.py`.
@@ -55,6 +56,7 @@ class Plan:
     appends: bool = False
     num_warps: int = 4
     num_stages: int = 1
+    value_stages: int = 0
     d_parts: tuple[int, int] = (0, 0)
     dv_parts: tuple[int, int] = (0, 0)
     use_tma: bool = False

@@ -49,12 +49,13 @@ def variants() -> dict[str, Inputs]:
     found["d64/64 lengths of queries, long"] = long = call(64, 64, length=12288)
     long.seqused_q = torch.empty(2, dtype=torch.int32)
     for d, dv in PAGED_DIMS:
-        for page_size in (8, 64):
+        for page_size in (1, 16, 64) if d in (64, 128, 256) else (8, 64):
             found[f"d{d}/{dv} pages of {page_size}"] = paged(d, dv, page_size)
         found[f"d{d}/{dv} left window"] = left = call(d, dv)
         left.window_left = 100
         found[f"d{d}/{dv} pages of 16, left window"] = left = paged(d, dv, 16)
         left.window_left = 100
+    found["d96/96 pages of 20"] = paged(96, 96, 20)
     for d, mask in [(128, m) for m in MASKS] + [
         (64, torch.bfloat16),
         (256, torch.bfloat16),
@@ -73,7 +74,7 @@ def call(d: int, dv: int, dtype: torch.dtype = torch.bfloat16, length: int = 512
 def paged(d: int, dv: int, page_size: int) -> Inputs:
     x = call(d, dv)
     x.k, x.v = (torch.empty(64, page_size, 2, n, dtype=x.q.dtype) for n in (d, dv))
-    x.page_table = torch.empty(2, 4096 // page_size, dtype=torch.int32)
+    x.page_table = torch.empty(2, -(-4096 // page_size), dtype=torch.int32)
     x.seqused_k = torch.empty(2, dtype=torch.int32)
     return x
 
@@ -135,7 +136,7 @@ def block_loop_spills(kernel: Any, decode: bool = False) -> int:
     lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
     code = [(int(address, 16), text) for address, text in lines]
     products = [address for address, text in code if "HGMMA" in text]
-    copies = [address for address, text in code if "UTMALDG" in text]
+    copies = [address for address, text in code if re.search("UTMALDG|LDGSTS", text)]
     loops = []
     for address, text in code:
         target = re.search(r"^@\S+ BRA\b.* (0x[0-9a-f]+)", text)  # waits jump back too, without a condition

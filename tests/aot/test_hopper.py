@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -42,6 +43,12 @@ def test_products_stay_asynchronous(report: Report) -> None:
 
 def test_blocks_come_through_the_copy_engine(report: Report) -> None:
     assert all(r["utmaldg"] > 0 for r in report.values())
+
+
+def test_small_pages_come_in_pieces_of_16_bytes(report: Report) -> None:
+    copied = {n for n, r in report.items() if r["ldgsts"]}
+    assert copied == {n for n in report if re.search(r"^d.* pages of 1$", n)}
+    assert all(r["ldgsts"] == r["ldgsts128"] for r in report.values())
 
 
 def test_nothing_spills_in_the_loops_over_blocks(report: Report) -> None:

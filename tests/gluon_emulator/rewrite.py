@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import ConstexprFunction, JITFunction
 
-from tests.gluon_emulator import engines, language, shared
+from tests.gluon_emulator import engines, language, pieces, shared
 from tests.gluon_emulator.language import MBARRIER, Language, numbers
 from tests.gluon_emulator.values import Value, number
 
@@ -110,6 +110,8 @@ def _table() -> dict[int, Any]:
         id(address.pointer): language.pointer,
         id(hopper.mbarrier): MBARRIER,
         id(compat.tma_load): engines.tma_load,
+        id(compat.copy_to_shared): pieces.copy_to_shared,
+        id(compat.async_copy): pieces,
         id(compat.barrier): shared.barrier,
         id(compat.fence_async_shared): shared.fence,
         id(compat.view_as): _view_as,

@@ -46,6 +46,9 @@ class Thread:
         self.clock: Clock = {name: 1}
         self.unsettled: list[Any] = []  # ordinary accesses without a proxy fence and a barrier behind them
         self.products: list[Any] = []  # asynchronous products in flight, the oldest first
+        self.pieces: list[Any] = []  # copies that are in no group yet
+        self.groups: list[Any] = []  # groups of copies that no wait has seen land
+        self.copies = 0  # issued so far: the epochs of their clock
         self.weight = 1.0
         self.turn = threading.Semaphore(0)
         self.thread = threading.Thread(target=self._main, name=name, daemon=True)

@@ -9,7 +9,9 @@ pytest.importorskip("triton")
 
 from headfold.kernels.hopper.compat import (
     TensorDescriptor,
+    async_copy,
     barrier,
+    copy_to_shared,
     fence_async_shared,
     gl,
     gluon,
@@ -167,6 +169,81 @@ def test_a_deadlock_says_who_waits_for_what() -> None:
 def test_the_result_of_a_product_in_flight_cannot_be_used() -> None:
     with pytest.raises(RuntimeError, match="may be in flight"):
         run(True, "used in flight")
+
+
+@gluon.jit
+def fetch_pieces(Source, rows, blocks, buffers, full, free, FAULT: gl.constexpr):
+    """Blocks of 64 rows by `cp.async`; rows from `rows` on as zeros."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    column = gl.arange(0, 64, gl.SliceLayout(0, layout))
+    for i in range(blocks):
+        row = i * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        if FAULT != "no wait for the buffer":
+            mbarrier.wait(free.index(i % 2), ((i // 2) & 1) ^ 1)
+        pointers = Source + row[:, None] * 64 + column[None, :]
+        copy_to_shared(buffers.index(i % 2), pointers, mask=(row < rows)[:, None])
+        async_copy.commit_group()
+        if FAULT != "no wait for the pieces":
+            async_copy.wait_group(0)
+        if FAULT != "no fence":
+            fence_async_shared()
+        if FAULT != "no barrier":
+            barrier()
+        mbarrier.arrive(full.index(i % 2))
+
+
+@gluon.jit
+def square_pieces(blocks, buffers, full, free, Out):
+    for i in range(blocks):
+        buffer = buffers.index(i % 2)
+        mbarrier.wait(full.index(i % 2), (i // 2) & 1)
+        zeros = gl.zeros([64, 64], gl.float32, accumulator(64))
+        product = warpgroup_mma(buffer, buffer.permute([1, 0]), zeros, use_acc=False)
+        mbarrier.arrive(free.index(i % 2))
+        write(Out, i * 64, product.to(gl.float16))
+
+
+@gluon.jit
+def pieces(Source, Out, rows, blocks, FAULT: gl.constexpr):
+    buffers = gl.allocate_shared_memory(gl.float16, [2, 64, 64], shared_layout(64, 64, 16, 2))
+    full = bars(2)
+    free = bars(2)
+    gl.warp_specialize(
+        [
+            (square_pieces, (blocks, buffers, full, free, Out)),
+            (fetch_pieces, (Source, rows, blocks, buffers, full, free, FAULT)),
+        ],
+        [1],
+        [24],
+    )
+
+
+def run_pieces(fault: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    source, out = rand(6 * 64 - 5, 64), torch.empty(6 * 64, 64, dtype=torch.float16)
+    launch(pieces, 1, source, out, len(source), 6, seed=seed, FAULT=fault)
+    each = torch.cat([source, torch.zeros(5, 64, dtype=torch.float16)]).view(6, 64, 64).float()
+    return out, (each @ each.mT).view(-1, 64).half()
+
+
+def test_copies_in_pieces_are_there_after_the_wait_for_them() -> None:
+    for seed in SEEDS:
+        got, want = run_pieces("", seed)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("no fence", "product by .* follows the piece .* without a fence_async_shared"),
+        ("no barrier", "product by .* follows the piece .* without a barrier after the fence"),
+        ("no wait for the pieces", "is not ordered after the piece"),
+        ("no wait for the buffer", "is not ordered after|arrivals where 0|nobody can go on"),
+    ],
+)
+def test_races_of_pieces_are_found_in_every_schedule(fault: str, words: str) -> None:
+    for seed in SEEDS:
+        with pytest.raises(RuntimeError, match=words):
+            run_pieces(fault, seed)
 
 
 @gluon.jit

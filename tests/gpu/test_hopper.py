@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -206,11 +208,17 @@ def paged_rows(
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (40, 0), (37, 5)])
-@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (256, 256), (192, 128), (96, 96), (192, 160)])
-@pytest.mark.parametrize("page_size", [8, 16, 24, 48, 64, 128, 256])
-def test_pages_give_the_bits_of_rows(page_size: int, d: int, dv: int, window: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("d", "dv", "page_size"),
+    [
+        *itertools.product((64, 128, 256), (0,), (1, 3, 8, 16, 20, 24, 48, 64, 128, 256)),
+        *((d, dv, n) for d, dv in ((192, 128), (96, 96), (192, 160)) for n in (8, 16, 24, 48, 64, 128, 256)),
+    ],
+)
+def test_pages_give_the_bits_of_rows(d: int, dv: int, page_size: int, window: tuple[int, int]) -> None:
     """Pages in order and shuffled, in every layout of engines; NaN in pages that nobody owns and past the ends; garbage
     in the table past the ends."""
+    dv = dv or d
     torch.manual_seed(page_size + d)
     for lengths, q_lens in (([700, 0, 1300, 129], 200), ([333, 900, 64], [300, 1, 150])):
         rows = paged_rows(lengths, q_lens, d, dv, window)
@@ -222,7 +230,7 @@ def test_pages_give_the_bits_of_rows(page_size: int, d: int, dv: int, window: tu
             assert torch.equal(got[1], want[1]), (lengths, shuffled, layout)
 
 
-@pytest.mark.parametrize("page_size", [8, 16, 64, 128])
+@pytest.mark.parametrize("page_size", [1, 3, 8, 16, 20, 64, 128])
 @pytest.mark.parametrize("left", [-1, 37, 45])
 def test_chunked_prefill_on_pages(page_size: int, left: int) -> None:
     """200 queries at the end of 700 keys. Keys that left the window are NaN, and their pages are anyone's."""
@@ -236,7 +244,7 @@ def test_chunked_prefill_on_pages(page_size: int, left: int) -> None:
     assert torch.equal(got[1], want[1])
 
 
-@pytest.mark.parametrize("page_size", [8, 16, 64, 128])
+@pytest.mark.parametrize("page_size", [1, 16, 20, 64, 128])
 @pytest.mark.parametrize("sq", [128, 512, 2048])
 def test_repeated_runs_on_pages_have_the_same_bits(page_size: int, sq: int) -> None:
     torch.manual_seed(0)
@@ -250,11 +258,12 @@ def test_repeated_runs_on_pages_have_the_same_bits(page_size: int, sq: int) -> N
         assert torch.equal(again[1], first[1])
 
 
-def test_pages_through_the_public_function() -> None:
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_pages_through_the_public_function(page_size: int) -> None:
     """A prefill of a paged cache goes to this kernel by plan."""
     lengths = [2048, 1700, 1024, 2048]
     rows = paged_rows(lengths, 1024, 128, 128, (-1, 0))
-    x = in_pages(rows, lengths, 16)
+    x = in_pages(rows, lengths, page_size)
     assert backends.plan_of(x)[1].backend == "hopper"
     got = headfold.flash_attn_with_kvcache(
         x.q, x.k, x.v, cache_seqlens=x.seqused_k, page_table=x.page_table, causal=True

@@ -14,11 +14,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from headfold.backends import hopper as backend
 from headfold.kernels.hopper import spans
 from headfold.planner import hopper as planner
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
-from tests.gluon_emulator import engines
+from tests.gluon_emulator import engines, language
 from tests.gluon_emulator.engines import Descriptor
 from tests.gluon_emulator.scheduler import current
 from tests.hopper_calls import LAYOUTS, PARTED_DIMS, SMALL, SMALL_RAGGED, drawn, drawn_ragged, in_pages
@@ -130,6 +131,14 @@ def ragged(q_lens: list[int], heads: int, d: int) -> dict[str, Any]:
 
 PAGED = [
     # d, dv, page size, queries (None: ragged), window
+    (64, 64, 1, 150, (-1, 0)),
+    (64, 128, 3, None, (40, 0)),
+    (128, 128, 20, 150, (37, 5)),
+    (128, 128, 1, None, (40, 0)),
+    (128, 128, 4, 150, (-1, 0)),
+    (64, 64, 5, 150, (-1, -1)),
+    (256, 256, 1, None, (37, 0)),
+    (256, 256, 20, 150, (-1, 0)),
     (64, 64, 8, 150, (-1, 0)),
     (64, 64, 16, None, (-1, 0)),
     (64, 128, 24, 150, (-1, -1)),
@@ -173,26 +182,21 @@ def test_pages_give_the_bits_of_rows(
 
 
 @pytest.mark.parametrize("d", [128, 256])
-@pytest.mark.parametrize(("page_size", "left"), [(8, -1), (8, 40), (48, -1), (48, 40), (256, -1), (256, 40)])
-def test_boxes_lie_in_pages_of_the_sequence(
-    monkeypatch: pytest.MonkeyPatch, d: int, page_size: int, left: int
-) -> None:
-    """What the copy engine is sent for: rows within a page that a window reaches into, or page -1 past the ends.
+@pytest.mark.parametrize("page_size", [64, 192, 256])
+def test_boxes_lie_in_pages_of_the_sequence(monkeypatch: pytest.MonkeyPatch, d: int, page_size: int) -> None:
+    """What the copy engine is sent for: rows within a page of the sequence, or page -1 past the ends.
 
     Any other page outside the tensor would come as zeros too, and garbage in the table would be followed unseen.
     """
     torch.manual_seed(page_size)
     lengths = [130, 0, 333]
-    rows = Inputs(
-        rand(3, 150, 2, d), rand(3, 340, 1, d), rand(3, 340, 1, d), window_left=left, window_right=0
-    )
+    rows = Inputs(rand(3, 150, 2, d), rand(3, 340, 1, d), rand(3, 340, 1, d), window_right=0)
     rows.seqused_k = torch.tensor(lengths, dtype=torch.int32)
     x = in_pages(rows, lengths, page_size)
     assert x.page_table is not None
     seen: set[int] = set()
     for pages, n in zip(x.page_table.tolist(), lengths, strict=True):
-        first = max(n - 150 - left, 0) // 16 * 16 if left >= 0 else 0
-        seen |= set(pages[first // page_size : -(-n // page_size)])
+        seen |= set(pages[: -(-n // page_size)])
     boxes: list[tuple[list[int], list[int]]] = []
     box = Descriptor.box
 
@@ -207,7 +211,36 @@ def test_boxes_lie_in_pages_of_the_sequence(
     assert all(0 <= corner[2] <= page_size - shape[2] for corner, shape in boxes)
 
 
-@pytest.mark.parametrize("page_size", [8, 16, 128])
+@pytest.mark.parametrize(("page_size", "left"), [(1, -1), (1, 40), (20, -1), (20, 40)])
+def test_rows_are_copied_that_queries_see(monkeypatch: pytest.MonkeyPatch, page_size: int, left: int) -> None:
+    """And no others: what the table says of keys that left the window, or past the ends, may lie outside the pages."""
+    torch.manual_seed(page_size)
+    lengths = [130, 0, 333]
+    rows = Inputs(
+        rand(3, 150, 2, 64), rand(3, 340, 1, 64), rand(3, 340, 1, 64), window_left=left, window_right=0
+    )
+    rows.seqused_k = torch.tensor(lengths, dtype=torch.int32)
+    x = in_pages(rows, lengths, page_size)
+    assert x.page_table is not None
+    seen = {
+        (pages[key // page_size], key % page_size)
+        for pages, n in zip(x.page_table.tolist(), lengths, strict=True)
+        for key in range(max(n - 150 - left, 0) if left >= 0 else 0, n)
+    }
+    copied: set[tuple[int, int]] = set()
+    load = language.load
+
+    def recorded(pointer: Any, mask: Any, other: int) -> Any:
+        where = pointer.locations()[mask.data] // 64
+        copied.update((int(row) // page_size, int(row) % page_size) for row in where)
+        return load(pointer, mask, other)
+
+    monkeypatch.setattr(language, "load", recorded)
+    attend(x)
+    assert copied == seen
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 8, 16, 20, 128])
 @pytest.mark.parametrize("left", [-1, 37, 45])  # the first key is 15 or 7 keys into a box
 def test_chunked_prefill_on_pages(page_size: int, left: int) -> None:
     """200 queries at the end of 700 keys. Keys that left the window are NaN, and their pages are anyone's."""
@@ -270,6 +303,16 @@ def test_blocks_that_a_consumer_does_not_see_take_no_products(
     check(Inputs(rand(1, sq, 1, d), rand(1, sk, 1, d), rand(1, sk, 1, d), window_right=right), 1, 1)
     consumers = sorted(counted, key=lambda name: name.split("partition")[1])
     assert tuple(counted[name] for name in consumers) == blocks
+
+
+def test_rows_that_32_bits_do_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows begin is then written down in 64 bits."""
+    rows = Inputs(rand(1, 150, 2, 64), rand(1, 300, 1, 64), rand(1, 300, 1, 64), window_right=0)
+    rows.seqused_k = torch.tensor([300], dtype=torch.int32)
+    pages = in_pages(rows, [300], 4)
+    want = attend(pages)
+    monkeypatch.setattr(backend, "FAR", 0)
+    assert same(attend(pages), want)
 
 
 def test_planner_and_kernel_agree_where_blocks_begin() -> None:

@@ -55,7 +55,10 @@ def test_the_interpreter_keeps_the_triton_kernel() -> None:
     [
         ({"dtype": torch.float32}, "float16 and bfloat16"),
         ({"head_dim": 40, "head_dim_v": 40}, "40/40"),
-        ({"kv_layout": "paged", "page_size": 20}, "boxes of 8 keys or more would not lie in pages of 20"),
+        (
+            {"kv_layout": "paged", "page_size": 20, "head_dim": 192},
+            "boxes of 8 keys or more would not lie in pages of 20",
+        ),
         ({"kv_layout": "paged", "page_size": 16, "tensor_mask": True}, "no masks over pages"),
         ({"aligned": False}, "16-byte"),
         ({"pack_gqa": True}, "pack_gqa=True"),
@@ -69,29 +72,28 @@ def test_what_it_cannot_do_goes_to_triton_and_the_plan_says_why(other: dict[str,
 @pytest.mark.parametrize(
     ("page_size", "d", "left", "rows"),
     [
-        (8, 128, None, 8),
-        (16, 64, None, 16),
-        (24, 128, None, 8),
-        (48, 128, None, 16),
         (64, 128, None, 64),
         (128, 128, None, 128),
+        (192, 64, None, 64),
         (256, 128, None, 128),
         (256, 256, None, 64),  # a block of d256 is 64 keys
+        *((n, 128, None, n & -n) for n in (16, 32, 48)),
+        *((n, 128, None, 1) for n in (1, 2, 4, 8, 12, 20, 24, 100)),
+        (8, 192, None, 8),  # rows of head dimensions in two parts are not copied
         (256, 128, 100, 16),  # under a left window blocks begin at multiples of 16 keys
-        (8, 128, 100, 8),
+        (8, 256, 100, 1),
     ],
 )
-def test_a_box_of_a_paged_cache_lies_in_one_page(page_size: int, d: int, left: int | None, rows: int) -> None:
+def test_pages_come_in_boxes_that_lie_in_one_or_row_by_row(
+    page_size: int, d: int, left: int | None, rows: int
+) -> None:
     paged = {"kv_layout": "paged", "page_size": page_size, "lengths_on_device": True, "window_left": left}
     plan = make_plan(prefill(head_dim=d, head_dim_v=d, **paged), H200)
     assert (plan.backend, plan.paged, plan.page_rows) == ("hopper", True, rows)
     assert plan.block_n % rows == page_size % rows == 0
-    assert f"boxes of {rows}, each from one page of {page_size}" in plan.reasons[-1]
-
-
-@pytest.mark.parametrize("page_size", [1, 2, 4, 12, 20, 100])
-def test_pages_too_small_for_a_box_keep_the_triton_kernel(page_size: int) -> None:
-    assert f"pages of {page_size}" in reason(prefill(kv_layout="paged", page_size=page_size))
+    words = f"boxes of {rows}, each from one page of" if rows > 1 else "row by row from pages of"
+    assert f"{words} {page_size}" in plan.reasons[-1]
+    assert any("through the copy engine" in reason for reason in plan.reasons) == (rows > 1)
 
 
 def test_short_queries_of_a_group_are_folded_by_the_triton_kernel() -> None:
@@ -236,8 +238,8 @@ def small(sq: int, sk: int, **other: Any) -> Problem:
         (problem(24, 24, 4, 4096, 4096, 96, device_type="cuda"), 192),
         (problem(24, 24, 4, 4096, 4096, 80, device_type="cuda"), 192),
         (problem(24, 24, 4, 1024, 1024, 96, device_type="cuda"), 128),
-        (problem(24, 24, 4, 4096, 4096, 96, device_type="cuda", window_right=0), 128),
-        (problem(24, 24, 4, 8192, 8192, 96, device_type="cuda", window_right=0), 192),
+        (problem(24, 24, 4, 2048, 2048, 96, device_type="cuda", window_right=0), 128),
+        (problem(24, 24, 4, 4096, 4096, 96, device_type="cuda", window_right=0), 192),
         (problem(32, 8, 4, 8192, 8192, 128, device_type="cuda"), 128),
     ],
 )

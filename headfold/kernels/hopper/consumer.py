@@ -51,21 +51,22 @@ def attend(
     words, acc, row_max, row_sum = state
     k_full, k_free, v_full, v_free, turns = bars
     IN_TURN: gl.constexpr = GROUPS > 2
-    # Scaling accumulators is 128 of a block's 400 instructions at d256. Measured: 3 % faster there, 4 to 7 % slower below.
+    VALUES: gl.constexpr = v_buffers[0].type.shape[0]
+    # Scaling accumulators is 128 of a block's 400 instructions at d256. Measured: 2 to 3 % faster there, 4 to 7 % slower below.
     LAZY: gl.constexpr = HEAD_DIM_V > 192
     # Three consumers have no registers for scores, the weights before them and accumulators of more than 64 columns.
     OVERLAP: gl.constexpr = GROUPS == 2 or HEAD_DIM_V <= 64
     for i in range(blocks[0] - blocks[1]):
         stage = count % STAGES
-        older = (count - 1) % STAGES
+        older = (count - 1) % VALUES
         if OVERLAP:
             mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
             if IN_TURN:
-                mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
+                mbarrier.wait(v_full.index(older), ((count - 1) // VALUES) & 1)
                 wait_turn(turns, count, GROUP)
             scores = issue_scores(query, operands(k_buffers, stage, BLOCK_N, HEAD_DIM), BLOCK_N)
             if not IN_TURN:
-                mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
+                mbarrier.wait(v_full.index(older), ((count - 1) // VALUES) & 1)
             values = operands(v_buffers, older, BLOCK_N, HEAD_DIM_V)
             acc = issue_values(softmax.unpack(words, query[0].dtype), values, acc)
             if IN_TURN:
@@ -73,7 +74,7 @@ def attend(
             scores = warpgroup_mma_wait(len(acc), deps=[scores])
             mbarrier.arrive(k_free.index(stage), count=1)
         else:
-            mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
+            mbarrier.wait(v_full.index(older), ((count - 1) // VALUES) & 1)
             wait_turn(turns, count, GROUP)
             values = operands(v_buffers, older, BLOCK_N, HEAD_DIM_V)
             acc = issue_values(softmax.unpack(words, query[0].dtype), values, acc)
@@ -97,7 +98,7 @@ def attend(
             acc = wait_values(acc)
             mbarrier.arrive(v_free.index(older), count=1)
         # The next tile's queries come while this one is finished. Above the wait this branch parts what ptxas schedules
-        # together (d256, 4096: 626 TFLOP/s against 632).
+        # together (d256, 16384, causal: 619 TFLOP/s against 638).
         if EARLY:
             if blocks[0] - 1 - i == 0:
                 mbarrier.arrive(q_done, count=1)
@@ -111,7 +112,9 @@ def attend(
 
 
 @gluon.jit
-def skip(blocks, count, bars, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr):
+def skip(
+    blocks, count, bars, STAGES: gl.constexpr, VALUES: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr
+):
     """Hand a tile's last blocks back, of which no row of this consumer sees anything."""
     k_full, k_free, v_full, v_free, turns = bars
     for _ in range(blocks):
@@ -122,8 +125,9 @@ def skip(blocks, count, bars, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPS:
             pass_turn(turns, GROUP, GROUPS)
         mbarrier.wait(k_full.index(stage), phase)
         mbarrier.arrive(k_free.index(stage), count=1)
-        mbarrier.wait(v_full.index(stage), phase)
-        mbarrier.arrive(v_free.index(stage), count=1)
+        value = count % VALUES
+        mbarrier.wait(v_full.index(value), (count // VALUES) & 1)
+        mbarrier.arrive(v_free.index(value), count=1)
         count += 1
     return count
 
@@ -165,7 +169,7 @@ def zero_unseen(
     sk,
     BLOCK_N: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
-    STAGES: gl.constexpr,
+    VALUES: gl.constexpr,
     VARLEN: gl.constexpr,
 ):
     """Zero the values from key `end` on in a tile's last block, number `count`, whose first key is `key`.
@@ -180,8 +184,8 @@ def zero_unseen(
         end = gl.minimum(end, sk)
     if (end < key + BLOCK_N) & outside:
         PART: gl.constexpr = 32
-        stage = count % STAGES
-        mbarrier.wait(v_full.index(stage), (count // STAGES) & 1)
+        stage = count % VALUES
+        mbarrier.wait(v_full.index(stage), (count // VALUES) & 1)
         values = operands(v_buffers, stage, BLOCK_N, HEAD_DIM_V)
         for i in gl.static_range(BLOCK_N // PART):
             if end < key + (i + 1) * PART:
@@ -284,8 +288,12 @@ def consume(
     SHARED: gl.constexpr,
     VARLEN: gl.constexpr,
     LEFT: gl.constexpr,
+    COPIED: gl.constexpr = False,
 ):
-    """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces."""
+    """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces.
+
+    COPIED: rows before the first key that a tile sees come as zeros.
+    """
     reads, bars, letters, Out, Lse, lengths, bottom_right, window, scale_log2 = common
     q_buffers, k_buffers, v_buffers, staging = reads
     q_full, q_free, k_full, k_free, v_full, v_free, turns = bars
@@ -295,6 +303,7 @@ def consume(
     flow = (k_full, k_free, v_full, v_free, turns)
     IN_TURN: gl.constexpr = GROUPS > 2
     Q_STAGES: gl.constexpr = q_buffers[0].type.shape[0] // GROUPS
+    VALUES: gl.constexpr = v_buffers[0].type.shape[0]
     EARLY: gl.constexpr = Q_STAGES == 1 and not SHARED
     turn = 0
     count = 0
@@ -303,7 +312,7 @@ def consume(
     while letter[0] >= 0:
         _, head, _, q_batch, q_first, sq, sk = letter
         own, shift, start, low, hidden, blocks, left, right = spans
-        count = skip(hidden, count, flow, STAGES, GROUP, GROUPS)
+        count = skip(hidden, count, flow, STAGES, VALUES, GROUP, GROUPS)
         stage = count % STAGES
         q_slot = turn % Q_STAGES * GROUPS + GROUP
         query = operands(q_buffers, q_slot, GROUP_ROWS, HEAD_DIM)
@@ -321,7 +330,7 @@ def consume(
             mbarrier.arrive(q_done, count=1, pred=blocks == 1)
         zero_unseen(
             v_buffers, v_full, count, low + (blocks - 1) * BLOCK_N, sq + shift + window[1], sk,
-            BLOCK_N, HEAD_DIM_V, STAGES, VARLEN,
+            BLOCK_N, HEAD_DIM_V, VALUES, VARLEN,
         )  # fmt: skip
         count += 1
         if (right < blocks) | (left == blocks):
@@ -349,10 +358,10 @@ def consume(
         if not EARLY and not SHARED:
             mbarrier.arrive(q_done, count=1)
         words, acc, row_max, row_sum = state
-        older = (count - 1) % STAGES
-        mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
+        older = (count - 1) % VALUES
+        mbarrier.wait(v_full.index(older), ((count - 1) // VALUES) & 1)
         values = operands(v_buffers, older, BLOCK_N, HEAD_DIM_V)
-        if LEFT:
+        if LEFT and not COPIED:
             if start > low:
                 zero_front(values, start - low)
         acc = issue_values(softmax.unpack(words, query[0].dtype), values, acc)

@@ -2,6 +2,7 @@
 
 from headfold.kernels.hopper.compat import fence_async_shared, gl, gluon, mbarrier
 from headfold.kernels.hopper.consumer import consume
+from headfold.kernels.hopper.copies import produce_rows
 from headfold.kernels.hopper.layouts import GROUP_ROWS, columns_in_memory, first_part, hold, shared_layout
 from headfold.kernels.hopper.masked import consume_masked
 from headfold.kernels.hopper.producer import produce
@@ -14,7 +15,8 @@ MAX_REGISTERS = {2: 168, 3: 128}
 INTEGERS = (
     "has_cu_q has_cu_k has_used_q has_used_k sq sk bottom_right heads group tiles section units "
     "window_left window_right mask_step_b mask_step_h "
-    "out_stride_b out_stride_s out_stride_h lse_stride_b lse_stride_s lse_stride_h table_stride page_size boxes"
+    "out_stride_b out_stride_s out_stride_h lse_stride_b lse_stride_s lse_stride_h table_stride page_size boxes "
+    "k_stride_p k_stride_s k_stride_h v_stride_p v_stride_s v_stride_h"
 ).split()
 
 # Read and written a number at a time: their alignment is no reason for another variant.
@@ -86,32 +88,47 @@ def prefill_kernel(
     table_stride: gl.int64,
     page_size: gl.int32,
     boxes: gl.int32,
+    K,
+    V,
+    k_stride_p: gl.int64,
+    k_stride_s: gl.int64,
+    k_stride_h: gl.int64,
+    v_stride_p: gl.int64,
+    v_stride_s: gl.int64,
+    v_stride_h: gl.int64,
     tile_list,
     counter,
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
+    COLUMNS_K: gl.constexpr,
     COLUMNS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
+    VALUES: gl.constexpr,
     MASKED: gl.constexpr,
     VARLEN: gl.constexpr,
     LEFT: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
+    FAR: gl.constexpr,
     GROUPS: gl.constexpr,
 ):
-    """Grid: one program a multiprocessor."""
+    """Grid: one program a multiprocessor.
+
+    Keys of a paged cache come in boxes of PAGE_ROWS through k_desc and v_desc, or with PAGE_ROWS = 1 row by row from K and
+    V, whose strides are in units of 16 bytes; FAR where not all of such a cache can be told by 32 bits of them.
+    """
     dtype: gl.constexpr = q_desc.dtype
     q_buffers = buffers_of(dtype, Q_STAGES * GROUPS, GROUP_ROWS, HEAD_DIM)
     k_buffers = buffers_of(dtype, STAGES, BLOCK_N, HEAD_DIM)
-    v_buffers = buffers_of(dtype, STAGES, BLOCK_N, HEAD_DIM_V)
+    v_buffers = buffers_of(dtype, VALUES, BLOCK_N, HEAD_DIM_V)
     mail = gl.allocate_shared_memory(gl.int32, [2 * LETTER, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = barriers(Q_STAGES * GROUPS, 1)
     q_free = barriers(Q_STAGES * GROUPS, 1)
     k_full = barriers(STAGES, 1)
     k_free = barriers(STAGES, GROUPS)
-    v_full = barriers(STAGES, 1)
-    v_free = barriers(STAGES, GROUPS)
+    v_full = barriers(VALUES, 1)
+    v_free = barriers(VALUES, GROUPS)
     posted = barriers(2, 1)
     taken = barriers(2, GROUPS)
     turns = barriers(GROUPS, 1)
@@ -185,6 +202,55 @@ def prefill_kernel(
             ],
             [4, 1],
             [240, 24],
+        )
+    elif PAGE_ROWS == 1:
+        # Where rows of K and of V begin, in units of 16 bytes.
+        PLACE: gl.constexpr = gl.int64 if FAR else gl.int32
+        k_places = gl.allocate_shared_memory(PLACE, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        v_places = gl.allocate_shared_memory(PLACE, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        sources = (
+            K, (k_stride_p, k_stride_s, k_stride_h), V, (v_stride_p, v_stride_s, v_stride_h), k_places, v_places
+        )  # fmt: skip
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (
+                        0,
+                        common,
+                        HEAD_DIM,
+                        HEAD_DIM_V,
+                        BLOCK_N,
+                        2,
+                        STAGES,
+                        COLUMNS,
+                        SHARED,
+                        VARLEN,
+                        LEFT,
+                        True,
+                    ),
+                ),
+                (
+                    consume,
+                    (
+                        1,
+                        common,
+                        HEAD_DIM,
+                        HEAD_DIM_V,
+                        BLOCK_N,
+                        2,
+                        STAGES,
+                        COLUMNS,
+                        SHARED,
+                        VARLEN,
+                        LEFT,
+                        True,
+                    ),
+                ),
+                (produce_rows, (fetch, sources, 2, STAGES, VARLEN, LEFT, COLUMNS_K, COLUMNS)),
+            ],
+            [4, 4],
+            [232, 40],
         )
     elif GROUPS == 2:
         gl.warp_specialize(

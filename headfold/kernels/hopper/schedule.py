@@ -13,7 +13,7 @@ LETTER = gl.constexpr(8)  # numbers that a letter has room for
 
 
 @gluon.jit
-def publish(number, found, lengths, turn, mail, posted, taken, VARLEN: gl.constexpr):
+def publish(number, found, lengths, turn, mail, posted, taken, VARLEN: gl.constexpr, WARPS: gl.constexpr = 1):
     """Give the consumers the tile of their turn `turn`, -1 at the end. By the producer; two letters may be under way.
 
     The letter says too what the consumers would have nothing to hide behind, three divisions and with VARLEN loads:
@@ -22,22 +22,22 @@ def publish(number, found, lengths, turn, mail, posted, taken, VARLEN: gl.conste
     """
     slot = turn & 1
     mbarrier.wait(taken.index(slot), ((turn >> 1) & 1) ^ 1)
-    mail.index(slot * LETTER).store(gl.full([1], number, gl.int32, one_each(1)))
+    mail.index(slot * LETTER).store(gl.full([1], number, gl.int32, one_each(WARPS)))
     for i in gl.static_range(4 if VARLEN else 3):
-        mail.index(slot * LETTER + 1 + i).store(gl.full([1], found[i], gl.int32, one_each(1)))
+        mail.index(slot * LETTER + 1 + i).store(gl.full([1], found[i], gl.int32, one_each(WARPS)))
     if VARLEN:
         for i in gl.static_range(3):
-            mail.index(slot * LETTER + 5 + i).store(gl.full([1], lengths[i], gl.int32, one_each(1)))
+            mail.index(slot * LETTER + 5 + i).store(gl.full([1], lengths[i], gl.int32, one_each(WARPS)))
     barrier()
     mbarrier.arrive(posted.index(slot), count=1)
 
 
 @gluon.jit
-def last_place(turn, mail):
+def last_place(turn, mail, WARPS: gl.constexpr = 1):
     """Where the tile before turn `turn` is in the list. In a register from tile to tile it would spill (d256, pages)."""
     place = 0
     if turn > 0:
-        place = gl.max(mail.index(((turn - 1) & 1) * LETTER + 4).load(one_each(1)), 0)
+        place = gl.max(mail.index(((turn - 1) & 1) * LETTER + 4).load(one_each(WARPS)), 0)
     return place
 
 
