@@ -233,7 +233,6 @@ def _hopper() -> list[Variant]:
             ("paged", "bf16", 128, 128, ""),
             ("dense", "bf16", 128, 128, "rotary-halves"),
             ("paged", "bf16", 128, 128, "rotary-halves"),
-            ("dense", "bf16", 128, 128, "rotary-pairs"),
             ("dense", "bf16", 128, 128, "softcap"),
             ("paged", "bf16", 128, 128, "softcap"),
             ("dense", "bf16", 64, 64, "rotary-halves"),

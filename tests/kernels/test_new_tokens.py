@@ -54,6 +54,7 @@ def step(device: str, *, seed: int = 0, **options: Any) -> tuple[dict[str, Any],
         "page_size": 0,
         "dtype": torch.float32,
         "rotary_dim": 0,
+        "rotary_interleaved": False,
         **options,
     }
     g = torch.Generator().manual_seed(seed)
@@ -164,7 +165,6 @@ def drawn(seed: int, device: str) -> tuple[dict[str, Any], dict[str, torch.Tenso
         "page_size": r.choice((0, 0, 1, 3, 8, 16)),
         "rotary_dim": r.choice((0, 8, dims[0] // 2 // 2 * 2, dims[0])),
         "angles": r.choice((dtype, torch.float32)),
-        "rotary_interleaved": r.random() < 0.5,
         "causal": r.random() < 0.7,
         "num_splits": r.choice((0, 0, 1, 3)),
         "window_size": r.choice(((-1, -1), (-1, 0), (new + r.randint(0, 20), 0))),
@@ -234,6 +234,7 @@ def test_a_page_that_is_not_there_takes_nothing(kernels: Target) -> None:
         ({"new": 9}, "more tokens than a program writes at once"),
         ({"sq": 5, "heads": (8, 2)}, "rows that another kernel takes, or a program that does not append"),
         ({"heads": (16, 1)}, "no row of the tile left for the new key"),
+        ({"rotary_dim": 16, "rotary_interleaved": True}, "pairs side by side"),
         ({"new": 4, "window_size": (1, 0)}, "tokens that no query sees"),
     ],
 )

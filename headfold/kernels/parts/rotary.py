@@ -56,7 +56,7 @@ def load_rotated(
             cos = load_angles(Cos, cos_stride, position, known, pair, HALF, ALIGN)
             sin = load_angles(Sin, sin_stride, position, known, pair, HALF, ALIGN)
             even, odd = tl.split(tl.reshape(x, [x.shape[0], WIDTH // 2, 2]))
-            turned = tl.join(even * cos - odd * sin, odd * cos + even * sin)
+            turned = tl.join(tl.fma(even, cos, -odd * sin), tl.fma(odd, cos, even * sin))
             turned = tl.reshape(turned, [x.shape[0], WIDTH])
         else:
             lower = column < HALF
@@ -70,7 +70,8 @@ def load_rotated(
             ).to(tl.float32)
             cos = load_angles(Cos, cos_stride, position, known, pair, HALF, ALIGN)
             sin = load_angles(Sin, sin_stride, position, known, pair, HALF, ALIGN)
-            turned = x * cos + tl.where(lower[None, :], -other, other) * sin
+            # Which product is rounded is said, not left to the compiler: other kernels must get the same bits.
+            turned = tl.fma(x, cos, tl.where(lower[None, :], -other, other) * sin)
         turned = tl.where((live & (known == 0))[:, None], float("nan"), turned)
         if START + WIDTH > ROTARY_DIM:
             turned = tl.where((column < ROTARY_DIM)[None, :], turned, x)
@@ -100,6 +101,6 @@ def turn_rows(x, X, offset, live, position, rotary, START: tl.constexpr, WIDTH: 
     other = tl.load(X + offset[:, None] + partner[None, :], mask=live[:, None] & turns, other=0.0).to(
         tl.float32
     )
-    turned = x.to(tl.float32) * cos + tl.where(lower[None, :], -other, other) * sin
+    turned = tl.fma(x.to(tl.float32), cos, tl.where(lower[None, :], -other, other) * sin)
     turned = tl.where((live & (known == 0))[:, None], float("nan"), turned)
     return tl.where(turns, turned.to(x.dtype), x)
