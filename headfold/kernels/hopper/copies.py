@@ -92,9 +92,8 @@ def produce_rows(
     programs = gl.num_programs(0)
     number = gl.program_id(0)
     turn = 0
-    count = (
-        0  # blocks of the tiles before this one: they give a block's buffers and the phase of their barriers
-    )
+    # Blocks of the tiles before this one: they give a block's buffers and the phase of their barriers.
+    count = 0
     while number < total:
         if VARLEN:
             found = find(number, last_place(turn, mail, WARPS), shape, tile_list)
