@@ -25,7 +25,7 @@ from headfold.bench.runner import DeviceLost
 from headfold.bench.tune_goals import goals
 from headfold.planner import DEVICES, tuned_file
 from headfold.planner.tuned import Row, Table
-from tests.bench.tiny import tiny
+from tests.bench.tiny import TINY, tiny
 from tests.planner.tables import pair, row
 
 __all__ = ["tiny"]
@@ -66,7 +66,7 @@ def test_bench_from_measuring_to_a_picture(tmp_path: Path) -> None:
         "bench", "--device", "cpu", "--rounds", "2", "--json", str(file), "--against", "sdpa-folded,fa3"
     )
     result = Result.load(file)
-    assert len(result.cases) == 8
+    assert len(result.cases) == len(TINY)
     for name in result.cases:
         own = result.own(name)
         assert own is not None, result.of_case(name)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import tempfile
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -55,7 +57,8 @@ def variants() -> dict[str, Inputs]:
         left.window_left = 100
         found[f"d{d}/{dv} pages of 16, left window"] = left = paged(d, dv, 16)
         left.window_left = 100
-    found["d96/96 pages of 20"] = paged(96, 96, 20)
+    found["d128/128 pages of 1, left window"] = left = paged(128, 128, 1)
+    left.window_left = 100
     for d, mask in [(128, m) for m in MASKS] + [
         (64, torch.bfloat16),
         (256, torch.bfloat16),
@@ -156,21 +159,27 @@ def block_loop_spills(kernel: Any, decode: bool = False) -> int:
     return sum(any(a <= s <= b for a, b in inner + fetching) for s in spills)
 
 
-def main() -> None:
-    """Print one JSON object, name -> figures."""
+def figures_of(task: tuple[bool, str]) -> tuple[str, dict[str, Any]]:
+    """(name, figures) of a call that goes to the decode kernel, or to the prefill kernel."""
     from triton.runtime.driver import driver
 
+    decode, name = task
     driver.set_active(TargetOnly(90))
-    report = {}
-    for name, x in variants().items():
-        plan, kernel = compiled(x)
-        report[name] = {**figures(kernel, 90), "planned": plan.shared_memory, "rows": plan.block_m}
-        report[name]["block_loop_spills"] = block_loop_spills(kernel)
-    for name, x in decodes().items():
-        plan, kernel = compiled_decode(x)
-        report[name] = {**figures(kernel, 90), "planned": plan.shared_memory, "rows": plan.block_m}
-        report[name]["block_loop_spills"] = block_loop_spills(kernel, decode=True)
-    print(json.dumps(report))
+    plan, kernel = compiled_decode(decodes()[name]) if decode else compiled(variants()[name])
+    planned = {"planned": plan.shared_memory, "rows": plan.block_m}
+    return name, {
+        **figures(kernel, 90),
+        **planned,
+        "block_loop_spills": block_loop_spills(kernel, decode),
+    }
+
+
+def main() -> None:
+    """Print one JSON object, name -> figures. Compiles on all cores."""
+    tasks = [*((False, name) for name in variants()), *((True, name) for name in decodes())]
+    torch.set_num_threads(1)
+    with get_context("fork").Pool(os.cpu_count()) as pool:
+        print(json.dumps(dict(pool.imap_unordered(figures_of, tasks))))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ pytest.importorskip("triton")
 from headfold.planner import DEVICES
 from tests.aot.conftest import ROOT
 
-# The address of a consumer's barriers, read again twice a block (Triton 3.7.1).
-KNOWN_SPILLS = {"d256/256 pages of 16, left window": 6}
+# Local accesses in a loop over blocks: where rows begin, read all at once before the wait (Triton 3.7.1; none with 3.6).
+KNOWN_SPILLS = {"d256/256 pages of 1": 8}
+# Bytes that a thread puts aside for its tile loop.
+STACK, KNOWN_STACK = 56, {"d256/256 pages of 1": 72}
 
 Report = dict[str, dict[str, Any]]
 
@@ -47,7 +49,7 @@ def test_blocks_come_through_the_copy_engine(report: Report) -> None:
 
 def test_small_pages_come_in_pieces_of_16_bytes(report: Report) -> None:
     copied = {n for n, r in report.items() if r["ldgsts"]}
-    assert copied == {n for n in report if re.search(r"^d.* pages of 1$", n)}
+    assert copied == {n for n in report if re.search(r"^d.* pages of 1(,|$)", n)}
     assert all(r["ldgsts"] == r["ldgsts128"] for r in report.values())
 
 
@@ -55,7 +57,8 @@ def test_nothing_spills_in_the_loops_over_blocks(report: Report) -> None:
     """Some values of a thread are put aside for the whole tile loop; none is touched from block to block."""
     spills = {n: r["block_loop_spills"] for n, r in report.items()}
     assert {n: count for n, count in spills.items() if count > KNOWN_SPILLS.get(n, 0)} == {}
-    assert {n: r["stack"] for n, r in report.items() if r["stack"] > 56} == {}
+    stacks = {n: r["stack"] for n, r in report.items()}
+    assert {n: size for n, size in stacks.items() if size > KNOWN_STACK.get(n, STACK)} == {}
 
 
 def test_shared_memory_is_what_was_planned(report: Report) -> None:
