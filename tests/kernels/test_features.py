@@ -166,7 +166,7 @@ SEED = int(os.environ.get("HEADFOLD_SEED", random.randrange(2**32)))
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name, indirect=True)
 def test_features_together(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
     """The product of features is sampled; the number of drawn cases is printed, and the seed, which HEADFOLD_SEED
-    repeats."""
+    repeats. A long run says every 100 cases how far it is."""
     count = 0
     examples = DRAWN or {"cpu": 200, "interpreted": 40, "gpu": 300}[target.name]
 
@@ -175,8 +175,11 @@ def test_features_together(target: Target, capsys: pytest.CaptureFixture[str]) -
     @given(calls(target, 200 if target.name != "interpreted" else 60))
     def walk(x: Inputs) -> None:
         nonlocal count
-        count += 1
         run(x)
+        count += 1
+        if DRAWN and count % 100 == 0:
+            with capsys.disabled():
+                print(f"\n{target.name}: {count} drawn calls so far, seed {SEED}", flush=True)
 
     walk()
     with capsys.disabled():
