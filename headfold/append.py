@@ -16,6 +16,7 @@ import torch
 from headfold import backends, prepared
 from headfold.backends.cpu_append import append_on_cpu, rotated_queries
 from headfold.kept_calls import Step, note
+from headfold.ops import register
 from headfold.problem import DTYPES, MAX_HEAD_DIM, MAX_SEQLEN
 from headfold.values import value_checks_enabled
 
@@ -361,9 +362,7 @@ def _empty_results(x: AppendInputs) -> tuple[torch.Tensor, torch.Tensor]:
     return x.k.new_empty((x.batch,), dtype=torch.int32), x.k.new_empty((0,) if x.q is None else x.q.shape)
 
 
-for _key in ("CPU", "CUDA"):
-    lib.impl("append", _append, _key)
-torch.library.register_fake("headfold::append", _append_fake, lib=lib)
+register(lib, "append", _append, _append_fake)
 
 append = torch.ops.headfold.append.default
 

@@ -15,12 +15,10 @@ import torch
 
 from headfold import append, backends, ops, prepared
 from headfold.backends import Runner
-from headfold.kept_calls import Step, note
 from headfold.planner import Device, Plan
 from headfold.planner.hopper import TRITON_ROWS
 from headfold.planner.tiles import MOST_NEW
 from headfold.problem import Inputs, fail, is_aligned
-from headfold.values import value_checks_enabled
 
 
 @dataclass(slots=True)
@@ -149,46 +147,15 @@ def _prepare(x: AppendingInputs, out: torch.Tensor, lse: torch.Tensor) -> Runner
     return prepare(plan, x, out, lse)
 
 
+WAY = ops.Way(_check, lambda x: append.check_values(append_of(x)), _prepare)
+
+
 def _append_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    x = AppendingInputs(*args, **kwargs)
-    facts = prepared.facts_of(x)
-    run = prepared.find(facts)
-    if run is None:
-        _check(x)
-    _check_values(x)
-    if run is None:
-        run = prepared.keep(facts, ops.into_new_results(x, _prepare(x, *ops.empty_results(x))))
-    results: tuple[torch.Tensor, torch.Tensor] = run(x)
-    note(Step(x, results, run, lse=True))
-    return results
-
-
-def attend(x: AppendingInputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
-    """Check inputs and results unless a call that looks the same was checked before, append, and attend into them.
-
-    Returns what did it.
-    """
-    facts = prepared.facts_of(x, out, lse)
-    run = prepared.find(facts)
-    if run is None:
-        _check(x)
-        ops.check_results(x, out, lse)
-    _check_values(x)
-    if run is None:
-        run = prepared.keep(facts, _prepare(x, out, lse))
-    run(x, out, lse)
-    return run
+    return ops.compute(AppendingInputs(*args, **kwargs), WAY)
 
 
 def _append_attention_out(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:
-    x = AppendingInputs(*args, **kwargs)
-    run = attend(x, out, lse)
-    note(Step(x, (out, lse), ops.into_given_out(run, lse.shape), into=out, lse=True))
-
-
-def _check_values(x: AppendingInputs) -> None:
-    if value_checks_enabled():
-        append.check_values(append_of(x))
+    ops.compute_into(AppendingInputs(*args, **kwargs), out, lse, WAY)
 
 
 def _append_attention_fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,8 +181,6 @@ for _name, _impl, _fake in (
     ("append_attention", _append_attention, _append_attention_fake),
     ("append_attention_out", _append_attention_out, _append_attention_out_fake),
 ):
-    for _key in ("CPU", "CUDA"):
-        lib.impl(_name, _impl, _key)
-    torch.library.register_fake(f"headfold::{_name}", _fake, lib=lib)
+    ops.register(lib, _name, _impl, _fake)
 
 OPERATORS = (torch.ops.headfold.append_attention.default, torch.ops.headfold.append_attention_out.default)

@@ -7,6 +7,7 @@ headfold::combine_out do the same for the merge of states. Both names of an oper
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,16 +53,33 @@ def empty_results(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return x.q.new_empty(x.out_shape), x.q.new_empty(x.lse_shape, dtype=torch.float32)
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a kind of attention call is checked, and prepared for given results."""
+
+    check: Callable[[Any], None]
+    check_values: Callable[[Any], None]
+    prepare: Callable[[Any, torch.Tensor, torch.Tensor], Runner]
+
+
+# By name: what stands under it when it is called, which tests replace.
+PLAIN = Way(check_inputs, lambda x: check_values(x), lambda x, out, lse: backends.prepare(x, out, lse))
+
+
 def _attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    x = Inputs(*args, **kwargs)
+    return compute(Inputs(*args, **kwargs), PLAIN)
+
+
+def compute(x: Inputs, way: Way) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check inputs unless a call that looks the same was checked before, and compute attention into new results."""
     facts = prepared.facts_of(x)
     run = prepared.find(facts)
     if run is None:
-        check_inputs(x)
+        way.check(x)
     if value_checks_enabled():
-        check_values(x)
+        way.check_values(x)
     if run is None:
-        run = prepared.keep(facts, into_new_results(x, backends.prepare(x, *empty_results(x))))
+        run = prepared.keep(facts, into_new_results(x, way.prepare(x, *empty_results(x))))
     results: tuple[torch.Tensor, torch.Tensor] = run(x)
     note(Step(x, results, run, lse=True))
     return results
@@ -93,7 +111,7 @@ def check_results(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
     check_out(x, "lse", lse, x.lse_shape, torch.float32)
 
 
-def attend(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
+def attend(x: Inputs, out: torch.Tensor, lse: torch.Tensor, way: Way = PLAIN) -> Runner:
     """Check inputs and results unless a call that looks the same was checked before, and compute attention into them.
 
     Returns what did it.
@@ -101,19 +119,23 @@ def attend(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
     facts = prepared.facts_of(x, out, lse)
     run = prepared.find(facts)
     if run is None:
-        check_inputs(x)
+        way.check(x)
         check_results(x, out, lse)
     if value_checks_enabled():
-        check_values(x)
+        way.check_values(x)
     if run is None:
-        run = prepared.keep(facts, backends.prepare(x, out, lse))
+        run = prepared.keep(facts, way.prepare(x, out, lse))
     run(x, out, lse)
     return run
 
 
 def _attention_out(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:
-    x = Inputs(*args, **kwargs)
-    launch = attend(x, out, lse)
+    compute_into(Inputs(*args, **kwargs), out, lse, PLAIN)
+
+
+def compute_into(x: Inputs, out: torch.Tensor, lse: torch.Tensor, way: Way) -> None:
+    """`attend` as an operator does it."""
+    launch = attend(x, out, lse, way)
     note(Step(x, (out, lse), into_given_out(launch, lse.shape), into=out, lse=True))
 
 
@@ -186,15 +208,22 @@ def _combine_out_fake(
     check_combine(out_partial, lse_partial, cu_seqlens, seqused, out, lse, None)
 
 
+def register(
+    lib: torch.library.Library, name: str, impl: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Give an operator of `lib` its implementation for every device, and its fake."""
+    for key in ("CPU", "CUDA"):
+        lib.impl(name, impl, key)
+    torch.library.register_fake(f"headfold::{name}", fake, lib=lib)
+
+
 for _name, _impl, _fake in (
     ("attention", _attention, _attention_fake),
     ("attention_out", _attention_out, _attention_out_fake),
     ("combine", _combine, _combine_fake),
     ("combine_out", _combine_out, _combine_out_fake),
 ):
-    for _key in ("CPU", "CUDA"):
-        lib.impl(_name, _impl, _key)
-    torch.library.register_fake(f"headfold::{_name}", _fake, lib=lib)
+    register(lib, _name, _impl, _fake)
 
 attention = torch.ops.headfold.attention.default
 attention_out = torch.ops.headfold.attention_out.default

@@ -22,7 +22,7 @@ import torch
 from headfold import backends, prepared
 from headfold.kept_calls import note
 from headfold.merge import run_combine
-from headfold.ops import ARGS, attend, check_inputs, check_results, empty_results
+from headfold.ops import ARGS, attend, check_inputs, check_results, empty_results, register
 from headfold.planner.sharing import sharing_pays
 from headfold.problem import MAX_SEQLEN, Inputs, fail, k_capacity, problem_of
 from headfold.values import check_shared_prefix, check_values, value_checks_enabled
@@ -387,8 +387,6 @@ for _name, _impl, _fake in (
     ("shared_attention", _shared_attention, _shared_attention_fake),
     ("shared_attention_out", _shared_attention_out, _shared_attention_out_fake),
 ):
-    for _key in ("CPU", "CUDA"):
-        lib.impl(_name, _impl, _key)
-    torch.library.register_fake(f"headfold::{_name}", _fake, lib=lib)
+    register(lib, _name, _impl, _fake)
 
 OPERATORS = (torch.ops.headfold.shared_attention.default, torch.ops.headfold.shared_attention_out.default)

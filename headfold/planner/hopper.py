@@ -61,7 +61,7 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
     keys = block_keys(p)
     reason = refusal(p, (d, dv))
     if not reason and p.kv_layout == "paged" and not fetched_rows(p, keys):
-        reason = f"whose boxes of {FEWEST_PAGE_ROWS} keys or more would not lie in pages of {p.page_size}"
+        reason = no_boxes(p)
     if not reason and p.pack_gqa and p.group > 1:
         reason = "which does not fold, as pack_gqa=True asks"
     per_sequence = -(-p.max_seqlen_q // height)
@@ -147,7 +147,7 @@ def decode_tile(p: Problem, device: Device, rows: int) -> Tile | str:
     if not reason and p.tensor_mask:
         reason = "whose decode has no masks"
     if not reason and p.kv_layout == "paged" and page_rows(p, keys) < FEWEST_PAGE_ROWS:
-        reason = f"whose boxes of {FEWEST_PAGE_ROWS} keys or more would not lie in pages of {p.page_size}"
+        reason = no_boxes(p)
     if not reason and p.tokens_per_split:
         reason = "which has no fixed splits"
     if reason:
@@ -205,6 +205,11 @@ def refusal(p: Problem, dims: tuple[int, int]) -> str:
     if p.extras:
         return f"which has no {' and no '.join(p.extras)}"
     return ""
+
+
+def no_boxes(p: Problem) -> str:
+    """The reason where pages are too small for boxes."""
+    return f"whose boxes of {FEWEST_PAGE_ROWS} keys or more would not lie in pages of {p.page_size}"
 
 
 def block_keys(p: Problem) -> int:

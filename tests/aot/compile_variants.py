@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from headfold import appending, backends
+from headfold import appending, backends, ops
 from headfold.planner import DEVICES
 from tests.aot.variants import BATCH, DEVICE_OF, DTYPES, Variant, variants
 
@@ -86,7 +86,7 @@ def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
                 step = variant.step_inputs()
                 plan = appending.plan_of(step)
                 assert plan is not None, variant.name
-                appending.attend(step, torch.empty_like(step.q), torch.empty(step.lse_shape))
+                ops.attend(step, torch.empty_like(step.q), torch.empty(step.lse_shape), appending.WAY)
                 return [(name, kernel, plan) for name, kernel in launches]
             x = variant.inputs()
             _, plan = backends.plan_of(x)
