@@ -47,7 +47,7 @@ class Groups:
 
 
 def groups_of(caller: str, lengths: Any, sizes: Any) -> Groups | None:
-    """shared_prefix_len and shared_prefix_groups as they came, as ints; None where neither is given.
+    """shared_prefix_len and shared_prefix_groups as they came, as ints; None where neither is given, or a length of 0 alone.
 
     Raises:
         TypeError: something else than ints on the host.
@@ -63,9 +63,10 @@ def groups_of(caller: str, lengths: Any, sizes: Any) -> Groups | None:
     groups = None if sizes is None else _ints(caller, "shared_prefix_groups", sizes)
     if isinstance(lengths, Sequence) and not isinstance(lengths, str):
         return Groups(_ints(caller, "shared_prefix_len", lengths), groups)
-    return Groups(
-        (_int(caller, "shared_prefix_len", lengths),) * (1 if groups is None else len(groups)), groups
-    )
+    length = _int(caller, "shared_prefix_len", lengths)
+    if groups is None and type(length) is int and length == 0:
+        return None  # a call like any other, which may append in its launch
+    return Groups((length,) * (1 if groups is None else len(groups)), groups)
 
 
 def _ints(caller: str, name: str, values: Any) -> tuple[int, ...]:

@@ -145,6 +145,14 @@ def test_one_launch_and_the_bits_of_two(
     assert not torch.equal(got[2], caches["k_cache"]), "nothing was appended"
 
 
+def test_a_prefix_of_0_takes_no_launch_away(kernels: Target, launches: list[str]) -> None:
+    if not appends_inside(kernels.device):
+        pytest.skip("needs a Hopper GPU")
+    x, caches = step(kernels.device, page_size=8)
+    run({**x, "shared_prefix_len": 0}, caches)
+    assert "append_kernel" not in launches
+
+
 def drawn(seed: int, device: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     r = random.Random(seed)
     dtype = r.choice((torch.float16, torch.bfloat16) if device == "cuda" else (torch.float32, torch.float16))
