@@ -365,10 +365,14 @@ def k_capacity(x: Inputs) -> int:
 
 
 def is_aligned(t: torch.Tensor) -> bool:
-    """True when every row along the last dimension starts on a 16-byte boundary."""
+    """True when every row along the last dimension starts on a 16-byte boundary, less than 64 GB after the one before.
+
+    (A stride in units of 16 bytes then has 32 bits: `kernels/parts/address.py`.)
+    """
     vec = 16 // t.element_size()
+    most = vec << 32
     sizes_strides = zip(t.shape[:-1], t.stride()[:-1], strict=True)
-    return t.data_ptr() % 16 == 0 and all(n <= 1 or s % vec == 0 for n, s in sizes_strides)
+    return t.data_ptr() % 16 == 0 and all(n <= 1 or (s % vec == 0 and s < most) for n, s in sizes_strides)
 
 
 def has_tma_strides(t: torch.Tensor) -> bool:

@@ -7,20 +7,13 @@ several programs share are merged by merge.py.
 import triton
 import triton.language as tl
 
-from headfold.kernels.parts.address import aligned, load_float, load_index, load_kept, pointer
+from headfold.kernels.parts.address import load_float, load_index, load_kept, pointer, times
 from headfold.kernels.parts.attend import attend
 from headfold.kernels.parts.division import divide
 from headfold.kernels.parts.mask import untouched_blocks
 from headfold.kernels.parts.new_tokens import append_and_load_queries
 from headfold.kernels.parts.prefetch import prefetch_rows
-from headfold.kernels.parts.schedule import (
-    count_blocks,
-    find_position,
-    list_length,
-    look_up,
-    range_start,
-    share_of,
-)
+from headfold.kernels.parts.schedule import count_blocks, find_range, look_up, share_of
 from headfold.kernels.parts.spans import find_sequence, visible_keys
 from headfold.kernels.parts.states import store_state
 from headfold.kernels.parts.tile import empty_state, finish_state, load_queries, slopes_of, store_result
@@ -170,7 +163,7 @@ def decode_kernel(
 
     EARLY: launched while the kernel before this one ends, and waits for that end before it reads what may come from
     it: all but the arguments, or with `late` 0 all but the arguments, lengths and offsets. The next kernel may be
-    launched while this one runs. Where it is known before the wait, `ahead` blocks of keys and values are asked for.
+    launched while this one runs. With `ahead`, which needs `late` 0, a block of keys and values is asked for before.
 
     FEATURED knows softcap, sinks, chunks, ALiBi and cache rows, TENSORS masks and trees too, ROTARY turns q: all by
     arguments, each at the price of a branch. WIDE is the element size of a mask that is known to allow wide loads, or 0.
@@ -202,41 +195,20 @@ def decode_kernel(
     band = (bottom_right, window_left, window_right, chunk)
     extents = (extent, extent_blocks)
     by_fold = (fold_magic, fold_shift)
+    folds = (fold, fold_magic, fold_shift)
     item = divide(r, (splits_magic, splits_shift))
     part = r - item * splits
     x = 0
     x_end = 1
     start = 0
-    quotient = 0
-    rest = 0
     if STREAM:
         if ranges > 0:
-            first_row = lane_tile * BLOCK_M
-            total, gap, used = list_length(
-                first_row,
-                batch,
-                lengths,
-                fold,
-                band,
-                extents,
-                gap,
-                ranges,
-                even_ranges,
-                BLOCK_M,
-                BLOCK_N,
-                FEATURED,
-            )
-            quotient = total // used
-            rest = total - quotient * used
-            # Ranges beyond those used are empty: they begin and end where the list does.
-            x = range_start(tl.minimum(r, used), quotient, rest)
-            x_end = range_start(tl.minimum(r + 1, used), quotient, rest)
-            if x < x_end:
-                item, start = find_position(
-                    x, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED
-                )
+            x, x_end, item, start, gap = find_range(
+                r, lane_tile * BLOCK_M, batch, lengths, folds, band, extents, gap, ranges, even_ranges,
+                BLOCK_M, BLOCK_N, FEATURED,
+            )  # fmt: skip
     SIZE: tl.constexpr = ELEMENT.primitive_bitwidth // 8
-    kv_head = divide(unit * fold, (group_magic, group_shift)).to(tl.int64)
+    kv_head = divide(unit * fold, (group_magic, group_shift))
     while x < x_end:
         seq = item
         tile = lane_tile
@@ -244,7 +216,7 @@ def decode_kernel(
             seq, tile = find_sequence(item, cu_seqlens_q, batch, fold, BLOCK_M)
         first_row = tile * BLOCK_M
         q_first, sq, k_first, pad, sk, shift, key_low, key_high = look_up(
-            seq, first_row, lengths, fold, band, BLOCK_M, FEATURED
+            seq, first_row, lengths, folds, band, BLOCK_M, FEATURED
         )
         blocks = 0
         if first_row < sq * fold:
@@ -264,14 +236,13 @@ def decode_kernel(
         if begin < end:
             if EARLY:
                 if not PAGED:
-                    if ahead > 0:
+                    if ahead != 0:
                         at = key_low + begin * BLOCK_N
-                        wanted = tl.minimum(end - begin, ahead)
                         last = tl.maximum(key_high - 1, 0)  # a tile may see no key
-                        k_at = K + (seq * k_stride_b + kv_head * k_stride_h) * SIZE
-                        prefetch_rows(k_at, k_stride_s * SIZE, at, wanted, last, BLOCK_N, HEAD_DIM * SIZE)
-                        v_at = V + (seq * v_stride_b + kv_head * v_stride_h) * SIZE
-                        prefetch_rows(v_at, v_stride_s * SIZE, at, wanted, last, BLOCK_N, HEAD_DIM_V * SIZE)
+                        k_at = K + (times(seq, k_stride_b, ALIGN) + times(kv_head, k_stride_h, ALIGN)) * SIZE
+                        prefetch_rows(k_at, k_stride_s, at, last, BLOCK_N, HEAD_DIM, SIZE, ALIGN)
+                        v_at = V + (times(seq, v_stride_b, ALIGN) + times(kv_head, v_stride_h, ALIGN)) * SIZE
+                        prefetch_rows(v_at, v_stride_s, at, last, BLOCK_N, HEAD_DIM_V, SIZE, ALIGN)
                 tl.extra.cuda.gdc_wait()
             cache_row = seq
             angle = 0
@@ -287,26 +258,19 @@ def decode_kernel(
             position = divide(row, by_fold)
             live = row < sq * fold
             head = unit * fold + row - position * fold
-            where = position.to(tl.int64)
-            q_strides = (aligned(q_stride_b, ALIGN), aligned(q_stride_s, ALIGN), aligned(q_stride_h, ALIGN))
             q_at = pointer(Q, ELEMENT, ALIGN) + (
-                seq.to(tl.int64) * q_strides[0] + q_first.to(tl.int64) * q_strides[1]
+                times(seq, q_stride_b, ALIGN) + times(q_first, q_stride_s, ALIGN)
             )
-            q_rows = where * q_strides[1] + head.to(tl.int64) * q_strides[2]
+            q_rows = times(position, q_stride_s, ALIGN) + times(head, q_stride_h, ALIGN)
             positions = angle + position * rotary_advances
-            K_rows = pointer(K, ELEMENT, ALIGN) + kv_head * aligned(k_stride_h, ALIGN)
-            V_rows = pointer(V, ELEMENT, ALIGN) + kv_head * aligned(v_stride_h, ALIGN)
+            K_rows = pointer(K, ELEMENT, ALIGN) + times(kv_head, k_stride_h, ALIGN)
+            V_rows = pointer(V, ELEMENT, ALIGN) + times(kv_head, v_stride_h, ALIGN)
             table = pointer(page_table, tl.int32, 1)
             if PAGED:
                 table += cache_row.to(tl.int64) * table_stride
             else:
-                first_key = (k_first + pad).to(tl.int64)
-                K_rows += cache_row.to(tl.int64) * aligned(k_stride_b, ALIGN) + first_key * aligned(
-                    k_stride_s, ALIGN
-                )
-                V_rows += cache_row.to(tl.int64) * aligned(v_stride_b, ALIGN) + first_key * aligned(
-                    v_stride_s, ALIGN
-                )
+                K_rows += times(cache_row, k_stride_b, ALIGN) + times(k_first + pad, k_stride_s, ALIGN)
+                V_rows += times(cache_row, v_stride_b, ALIGN) + times(k_first + pad, v_stride_s, ALIGN)
             if APPENDS:
                 queries = append_and_load_queries(
                     q_at, q_rows, live, sign, positions,
@@ -337,15 +301,9 @@ def decode_kernel(
             row_masks = 0
             row_trees = 0
             if TENSORS:
+                where = position.to(tl.int64)
                 row_masks = where * mask_stride_q + head.to(tl.int64) * mask_stride_h + seq * mask_stride_b
                 row_trees = where * tree_stride_q + seq * tree_stride_b
-            out_at = pointer(Out, ELEMENT, ALIGN) + (
-                seq.to(tl.int64) * aligned(out_stride_b, ALIGN)
-                + q_first.to(tl.int64) * aligned(out_stride_s, ALIGN)
-            )
-            lse_at = pointer(Lse, tl.float32, 1) + (
-                seq.to(tl.int64) * lse_stride_b + q_first.to(tl.int64) * lse_stride_s
-            )
             for piece in range(pieces):
                 low = key_low + begin * BLOCK_N
                 high = tl.minimum(key_low + end * BLOCK_N, key_high)
@@ -373,11 +331,15 @@ def decode_kernel(
                 has_sink = tl.where((begin == 0) & (piece == 0), sink, 0)
                 out0, out1, lse = finish_state(state, scale_log2, has_sink, sinks, FEATURED)
                 if n == 1:
-                    out_rows = where * aligned(out_stride_s, ALIGN) + head.to(tl.int64) * aligned(
-                        out_stride_h, ALIGN
+                    out_at = pointer(Out, ELEMENT, ALIGN) + (
+                        times(seq, out_stride_b, ALIGN) + times(q_first, out_stride_s, ALIGN)
                     )
+                    out_rows = times(position, out_stride_s, ALIGN) + times(head, out_stride_h, ALIGN)
                     store_result(out_at, out_rows, live, out0, out1, HEAD_DIM_V, DV0, DV1)
-                    tl.store(lse_at + where * lse_stride_s + head.to(tl.int64) * lse_stride_h, lse, mask=live)
+                    lse_at = pointer(Lse, tl.float32, 1) + (
+                        seq.to(tl.int64) * lse_stride_b + (q_first + position).to(tl.int64) * lse_stride_s
+                    )
+                    tl.store(lse_at + head.to(tl.int64) * lse_stride_h, lse, mask=live)
                 else:
                     store_state(
                         states,

@@ -90,8 +90,9 @@ def mask_blocks_kernel(
         return
     sk = tl.maximum(load_index(seqused_k, seq, sk_capacity) - load_index(cache_leftpad, seq, 0), 0)
     shift = (sk - sq) * bottom_right
+    last_row = tl.minimum(first_row + BLOCK_M, sq * fold) - 1
     key_low, key_high, full_low, full_high = tile_keys(
-        first_row, sq, sk, fold, shift, window_left, window_right, chunk, BLOCK_M, True
+        first_row // fold, last_row // fold, sk, shift, window_left, window_right, chunk, True
     )
     rows_here = tl.minimum(sq * fold - first_row, BLOCK_M)
     if mask_stride_q == 0:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from headfold.kernels.parts.address import aligned, pointer
 from headfold.kernels.parts.division import divide
-from headfold.kernels.parts.schedule import count_blocks, list_length, look_up, range_of, start_of
+from headfold.kernels.parts.schedule import count_blocks, look_up, place_of, range_of
 from headfold.kernels.parts.spans import find_sequence
 from headfold.kernels.specialize import MERGE_ARGUMENTS
 
@@ -93,11 +93,12 @@ def merge_kernel(
     )
     band = (bottom_right, window_left, window_right, chunk)
     extents = (extent, extent_blocks)
+    folds = (fold, fold_magic, fold_shift)
     seq = item
     if tiles_per_sequence == 0:
         seq, tile = find_sequence(item, cu_seqlens_q, batch, fold, BLOCK_M)
     first_row = tile * BLOCK_M
-    q_first, sq, _, _, _, _, low, high = look_up(seq, first_row, lengths, fold, band, BLOCK_M, True)
+    q_first, sq, _, _, _, _, low, high = look_up(seq, first_row, lengths, folds, band, BLOCK_M, True)
     rows = tl.minimum(sq * fold - first_row, BLOCK_M)
     blocks = count_blocks(low, high, extent, extent_blocks, BLOCK_N)
     first_state = item * splits
@@ -106,10 +107,21 @@ def merge_kernel(
     if extent > 0:
         n = tl.cdiv(blocks, extent_blocks)
     elif ranges > 0:
-        total, gap, ranges = list_length(
-            first_row, batch, lengths, fold, band, extents, gap, ranges, even_ranges, BLOCK_M, BLOCK_N, True
+        start, total, ranges = place_of(
+            item,
+            first_row,
+            batch,
+            lengths,
+            folds,
+            band,
+            extents,
+            gap,
+            ranges,
+            even_ranges,
+            BLOCK_M,
+            BLOCK_N,
+            True,
         )
-        start = start_of(item, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, True)
         quotient = total // ranges
         rest = total - quotient * ranges
         first_range = range_of(start, quotient, rest)

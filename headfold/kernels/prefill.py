@@ -178,8 +178,9 @@ def prefill_kernel(
         K_rows += cache_row.to(tl.int64) * aligned(k_stride_b, ALIGN) + first_key * aligned(k_stride_s, ALIGN)
         V_rows += cache_row.to(tl.int64) * aligned(v_stride_b, ALIGN) + first_key * aligned(v_stride_s, ALIGN)
     shift = (sk - sq) * bottom_right
+    last_row = tl.minimum(first_row + BLOCK_M, sq * fold) - 1
     key_low, key_high, full_low, full_high = tile_keys(
-        first_row, sq, sk, fold, shift, window_left, window_right, chunk, BLOCK_M, FEATURED
+        first_row // fold, last_row // fold, sk, shift, window_left, window_right, chunk, FEATURED
     )
     row_low, row_high = visible_keys(position, shift, window_left, window_right, chunk, sk, FEATURED)
     row_slopes = 0.0

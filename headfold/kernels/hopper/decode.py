@@ -148,6 +148,7 @@ def hopper_decode_kernel(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, 0, sq_capacity, sk_capacity, grown, room
     )  # fmt: skip
     band = (bottom_right, window_left, window_right, chunk)
+    folds = (fold, fold_magic, fold_shift)
     item = divide(r, (splits_magic, splits_shift))
     part = r - item * splits
     x = 0
@@ -155,7 +156,7 @@ def hopper_decode_kernel(
     start = 0
     if ranges > 0:
         x, x_end, item, start, gap = find_range(
-            r, lane_tile * BLOCK_M, batch, lengths, fold, band, gap, ranges, even_ranges, BLOCK_M, BLOCK_N
+            r, lane_tile * BLOCK_M, batch, lengths, folds, band, gap, ranges, even_ranges, BLOCK_M, BLOCK_N
         )
     by_fold = (fold_magic, fold_shift)
     kv_head = divide(unit * fold, (group_magic, group_shift))
@@ -163,7 +164,7 @@ def hopper_decode_kernel(
     # A scale of 0 makes every score 0 to the last bit; a hidden one, -inf, must stay what it is.
     scale_log2 = gl.maximum(scale_log2, 1e-30)
     by_splits = (splits_magic, splits_shift)
-    work = (r, part, lane_tile, lengths, fold, band, batch, splits, by_splits, tiles_per_sequence, ranges)
+    work = (r, part, lane_tile, lengths, folds, band, batch, splits, by_splits, tiles_per_sequence, ranges)
     queries = (
         pointer(Q, ELEMENT, ALIGN), aligned(q_stride_b, ALIGN), aligned(q_stride_s, ALIGN), aligned(q_stride_h, ALIGN)
     )  # fmt: skip

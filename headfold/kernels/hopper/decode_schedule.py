@@ -7,10 +7,11 @@ from headfold.kernels.hopper.compat import gl, gluon
 from headfold.kernels.hopper.schedule import one_each
 from headfold.kernels.hopper.spans import EDGE
 from headfold.kernels.parts.division import divide
-from headfold.kernels.parts.schedule import count_blocks, look_up, range_start
+from headfold.kernels.parts.schedule import count_blocks, ends_of, look_up
 from headfold.kernels.parts.spans import find_sequence
 
 CHUNK = gl.constexpr(128)  # sequences that a program looks at at a time
+FEW = gl.constexpr(32)  # sequences that each warp looks at for itself
 
 
 @gluon.jit
@@ -20,15 +21,24 @@ def plus(a, b):
 
 @gluon.jit
 def list_costs(
-    first, first_row, batch, lengths, fold, band, gap, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+    first,
+    first_row,
+    batch,
+    lengths,
+    fold,
+    band,
+    gap,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    MANY: gl.constexpr,
 ):
-    """(costs, blocks, numbers) of CHUNK sequences from `first` on; costs and blocks are 0 where the tile is not there."""
-    i = first + gl.arange(0, CHUNK, one_each(4))
+    """(costs, blocks, numbers) of MANY sequences from `first` on; costs and blocks are 0 where the tile is not there."""
+    i = first + gl.arange(0, MANY, one_each(4))
     _, sq, _, _, _, _, low, high = look_up(
         gl.minimum(i, batch - 1), first_row, lengths, fold, band, BLOCK_M, False
     )
     blocks = count_blocks(low, high, 0, 0, BLOCK_N)
-    live = (i < batch) & (first_row < sq * fold)
+    live = (i < batch) & (first_row < sq * fold[0])
     return gl.where(live, blocks + gap, 0), gl.where(live, blocks, 0), i
 
 
@@ -51,7 +61,7 @@ def list_length(
     least = 2147483647
     most = 0
     for first in range(0, batch, CHUNK):
-        _, blocks, i = list_costs(first, first_row, batch, lengths, fold, band, 0, BLOCK_M, BLOCK_N)
+        _, blocks, i = list_costs(first, first_row, batch, lengths, fold, band, 0, BLOCK_M, BLOCK_N, CHUNK)
         total += gl.sum(blocks, 0)
         count += gl.sum((blocks > 0).to(gl.int32), 0)
         least = gl.minimum(least, gl.min(gl.where(i < batch, blocks, 2147483647), 0))
@@ -69,7 +79,7 @@ def find_position(
     start = 0
     base = 0
     for first in range(0, batch, CHUNK):
-        costs, _, i = list_costs(first, first_row, batch, lengths, fold, band, gap, BLOCK_M, BLOCK_N)
+        costs, _, i = list_costs(first, first_row, batch, lengths, fold, band, gap, BLOCK_M, BLOCK_N, CHUNK)
         ends = base + gl.associative_scan(costs, 0, plus)
         before = (ends <= x) & (i < batch)
         seq += gl.sum(before.to(gl.int32), 0)
@@ -93,14 +103,23 @@ def find_range(
     BLOCK_N: gl.constexpr,
 ):
     """(first position of range r, its end, sequence that holds the first, where that starts, gap)."""
-    total, gap, used = list_length(
-        first_row, batch, lengths, fold, band, gap, ranges, even_ranges, BLOCK_M, BLOCK_N
-    )
-    quotient = total // used
-    rest = total - quotient * used
-    x = range_start(gl.minimum(r, used), quotient, rest)
-    x_end = range_start(gl.minimum(r + 1, used), quotient, rest)
-    item, start = find_position(x, first_row, batch, lengths, fold, band, gap, BLOCK_M, BLOCK_N)
+    if batch <= FEW:
+        _, blocks, i = list_costs(0, first_row, batch, lengths, fold, band, 0, BLOCK_M, BLOCK_N, FEW)
+        even = gl.min(gl.where(i < batch, blocks, 2147483647), 0) == gl.max(blocks, 0)
+        gap = gl.where(even, 0, gap)
+        used = gl.where(even, even_ranges, ranges)
+        costs = blocks + gl.where(blocks > 0, gap, 0)
+        x, x_end = ends_of(r, gl.sum(costs, 0), used)
+        ends = gl.associative_scan(costs, 0, plus)
+        before = (ends <= x) & (i < batch)
+        item = gl.sum(before.to(gl.int32), 0)
+        start = gl.max(gl.where(before, ends, 0), 0)
+    else:
+        total, gap, used = list_length(
+            first_row, batch, lengths, fold, band, gap, ranges, even_ranges, BLOCK_M, BLOCK_N
+        )
+        x, x_end = ends_of(r, total, used)
+        item, start = find_position(x, first_row, batch, lengths, fold, band, gap, BLOCK_M, BLOCK_N)
     return x, x_end, item, start, gap
 
 
@@ -116,13 +135,13 @@ def share(x, x_end, item, start, gap, work, BLOCK_M: gl.constexpr, BLOCK_N: gl.c
     seq = item
     tile = lane_tile
     if tiles_per_sequence == 0:
-        seq, tile = find_sequence(item, lengths[0], batch, fold, BLOCK_M)
+        seq, tile = find_sequence(item, lengths[0], batch, fold[0], BLOCK_M)
     first_row = tile * BLOCK_M
     span = look_up(seq, first_row, lengths, fold, band, BLOCK_M, False)
     key_low = span[6]
     key_high = span[7]
     blocks = 0
-    if first_row < span[1] * fold:
+    if first_row < span[1] * fold[0]:
         blocks = count_blocks(key_low, key_high, 0, 0, BLOCK_N)
     state = r
     shared = gl.minimum(splits, blocks) > 1

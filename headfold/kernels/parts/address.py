@@ -25,6 +25,21 @@ def aligned(stride, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def times(n, stride, ALIGN: tl.constexpr):
+    """n * stride (int64), for 0 <= n < 2**31, and with ALIGN > 1 for a stride that the host has found aligned.
+
+    Such strides are multiples of ALIGN below ALIGN * 2**32: a product of 32 bits by 32, one instruction instead of four. A
+    decode program has 32 of them before its first copy, and of all its time at 32:8 b1 s8192 a quarter lies before that.
+    """
+    if ALIGN > 1:
+        units = (stride.to(tl.uint64) // ALIGN).to(tl.uint32)
+        product = (n.to(tl.uint32).to(tl.uint64) * units.to(tl.uint64)).to(tl.int64) * ALIGN
+    else:
+        product = n.to(tl.int64) * stride
+    return product
+
+
+@triton.jit
 def pointer(address, TYPE: tl.constexpr, ALIGN: tl.constexpr):
     """The address as a pointer to TYPE; with ALIGN > 1 known to the compiler as a multiple of 16 bytes."""
     # The interpreter takes an argument as 32 bits where its value fits.

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from headfold.kernels.parts.address import aligned
+from headfold.kernels.parts.address import times
 
 
 @triton.jit
@@ -17,13 +17,12 @@ def row_offsets(
     page_shift) / page_size) with page_shift = ceil(log2(page_size)): exact for j < 2**31 (Granlund and Montgomery
     1994), so that any page size costs the same two 32-bit instructions.
     """
-    stride_row = aligned(strides[1], ALIGN)
     if PAGED:
         j = j + pad
         high = ((2 * j).to(tl.uint64) * page_magic.to(tl.uint64)) >> 32
         number = (high.to(tl.uint32) >> page_shift).to(tl.int32)
-        page = tl.load(table + number).to(tl.int64) * aligned(strides[0], ALIGN)
-        offsets = page + (j - number * page_size).to(tl.int64) * stride_row
+        page = times(tl.load(table + number), strides[0], ALIGN)
+        offsets = page + times(j - number * page_size, strides[1], ALIGN)
     else:
-        offsets = j.to(tl.int64) * stride_row
+        offsets = times(j, strides[1], ALIGN)
     return offsets

@@ -16,12 +16,15 @@ from headfold.kernels.parts.tile import tile_keys
 
 # Sequences that a program looks at at a time.
 CHUNK: tl.constexpr = tl.constexpr(128)
+# As many as a warp has lanes: each warp looks at them all, and none waits for another.
+FEW: tl.constexpr = tl.constexpr(32)
 
 
 @triton.jit
 def look_up(seq, first_row, lengths, fold, band, BLOCK_M: tl.constexpr, FEATURED: tl.constexpr):
     """Where sequences lie and what a tile sees of them; seq is one sequence or a vector of them.
 
+    fold is (fold, its magic, its shift), here and below, as `divide` takes the last two.
     lengths is (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad, sq_capacity, sk_capacity, grown, room),
     the first five addresses; keys are `grown` more than those say, and at most `room`. band is (bottom_right,
     window_left, window_right, chunk). Returns (first row of q, rows, first key, padding before it, keys, how far the
@@ -35,8 +38,10 @@ def look_up(seq, first_row, lengths, fold, band, BLOCK_M: tl.constexpr, FEATURED
     sk = tl.minimum(tl.minimum(sk, lengths[8]) + lengths[7], lengths[8])
     sk = tl.maximum(sk - pad, 0)
     shift = (sk - sq) * band[0]
+    by_fold = (fold[1], fold[2])
+    last_row = tl.maximum(tl.minimum(first_row + BLOCK_M, sq * fold[0]) - 1, 0)
     low, high, full_low, full_high = tile_keys(
-        first_row, sq, sk, fold, shift, band[1], band[2], band[3], BLOCK_M, FEATURED
+        divide(first_row, by_fold), divide(last_row, by_fold), sk, shift, band[1], band[2], band[3], FEATURED
     )
     return q_first, sq, k_first, pad, sk, shift, low, tl.maximum(high, low)
 
@@ -68,14 +73,15 @@ def list_costs(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FEATURED: tl.constexpr,
+    MANY: tl.constexpr,
 ):
-    """(costs, blocks) of CHUNK sequences from `first` on: the blocks and the gap, 0 where the tile is not there."""
-    i = first + tl.arange(0, CHUNK)
+    """(costs, blocks, numbers) of MANY sequences from `first` on: the blocks and the gap, 0 where the tile is not there."""
+    i = first + tl.arange(0, MANY)
     _, sq, _, _, _, _, low, high = look_up(
         tl.minimum(i, batch - 1), first_row, lengths, fold, band, BLOCK_M, FEATURED
     )
     blocks = count_blocks(low, high, extents[0], extents[1], BLOCK_N)
-    live = (i < batch) & (first_row < sq * fold)
+    live = (i < batch) & (first_row < sq * fold[0])
     return tl.where(live, blocks + gap, 0), tl.where(live, blocks, 0), i
 
 
@@ -105,7 +111,7 @@ def list_length(
     most = 0
     for first in range(0, batch, CHUNK):
         _, blocks, i = list_costs(
-            first, first_row, batch, lengths, fold, band, extents, 0, BLOCK_M, BLOCK_N, FEATURED
+            first, first_row, batch, lengths, fold, band, extents, 0, BLOCK_M, BLOCK_N, FEATURED, CHUNK
         )
         total += tl.sum(blocks, 0)
         count += tl.sum((blocks > 0).to(tl.int32), 0)
@@ -135,7 +141,7 @@ def find_position(
     base = 0
     for first in range(0, batch, CHUNK):
         costs, _, i = list_costs(
-            first, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED
+            first, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED, CHUNK
         )
         ends = base + tl.cumsum(costs, 0)
         before = (ends <= x) & (i < batch)
@@ -163,16 +169,167 @@ def start_of(
     start = 0
     for first in range(0, seq, CHUNK):
         costs, _, i = list_costs(
-            first, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED
+            first, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED, CHUNK
         )
         start += tl.sum(tl.where(i < seq, costs, 0), 0)
     return start
 
 
 @triton.jit
+def list_of_few(
+    first_row,
+    batch,
+    lengths,
+    fold,
+    band,
+    extents,
+    gap,
+    ranges,
+    even_ranges,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FEATURED: tl.constexpr,
+):
+    """The same of at most FEW sequences, looked at once, and before it their costs and their numbers."""
+    _, blocks, i = list_costs(
+        0, first_row, batch, lengths, fold, band, extents, 0, BLOCK_M, BLOCK_N, FEATURED, FEW
+    )
+    least = tl.min(tl.where(i < batch, blocks, 2147483647), 0)
+    even = least == tl.max(blocks, 0)
+    gap = tl.where(even, 0, gap)
+    costs = blocks + tl.where(blocks > 0, gap, 0)
+    return costs, i, tl.sum(costs, 0), gap, tl.where(even, even_ranges, ranges)
+
+
+@triton.jit
+def find_range(
+    r,
+    first_row,
+    batch,
+    lengths,
+    fold,
+    band,
+    extents,
+    gap,
+    ranges,
+    even_ranges,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FEATURED: tl.constexpr,
+):
+    """(first position of range r, its end, sequence that holds the first, where that starts, gap)."""
+    seq = 0
+    start = 0
+    if batch <= FEW:
+        costs, i, total, gap, used = list_of_few(
+            first_row,
+            batch,
+            lengths,
+            fold,
+            band,
+            extents,
+            gap,
+            ranges,
+            even_ranges,
+            BLOCK_M,
+            BLOCK_N,
+            FEATURED,
+        )
+        x, x_end = ends_of(r, total, used)
+        ends = tl.cumsum(costs, 0)
+        before = (ends <= x) & (i < batch)
+        seq = tl.sum(before.to(tl.int32), 0)
+        start = tl.max(tl.where(before, ends, 0), 0)
+    else:
+        total, gap, used = list_length(
+            first_row,
+            batch,
+            lengths,
+            fold,
+            band,
+            extents,
+            gap,
+            ranges,
+            even_ranges,
+            BLOCK_M,
+            BLOCK_N,
+            FEATURED,
+        )
+        x, x_end = ends_of(r, total, used)
+        if x < x_end:
+            seq, start = find_position(
+                x, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED
+            )
+    return x, x_end, seq, start, gap
+
+
+@triton.jit
+def place_of(
+    item,
+    first_row,
+    batch,
+    lengths,
+    fold,
+    band,
+    extents,
+    gap,
+    ranges,
+    even_ranges,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FEATURED: tl.constexpr,
+):
+    """(position where a sequence starts, length of the list, ranges that it is cut into)."""
+    if batch <= FEW:
+        costs, i, total, gap, used = list_of_few(
+            first_row,
+            batch,
+            lengths,
+            fold,
+            band,
+            extents,
+            gap,
+            ranges,
+            even_ranges,
+            BLOCK_M,
+            BLOCK_N,
+            FEATURED,
+        )
+        start = tl.sum(tl.where(i < item, costs, 0), 0)
+    else:
+        total, gap, used = list_length(
+            first_row,
+            batch,
+            lengths,
+            fold,
+            band,
+            extents,
+            gap,
+            ranges,
+            even_ranges,
+            BLOCK_M,
+            BLOCK_N,
+            FEATURED,
+        )
+        start = start_of(
+            item, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED
+        )
+    return start, total, used
+
+
+@triton.jit
 def range_start(r, quotient, rest):
     """First position of range r, where the first `rest` ranges are one position longer than the others."""
     return r * quotient + tl.minimum(r, rest)
+
+
+@triton.jit
+def ends_of(r, total, used):
+    """(first position of range r of `used`, its end); beyond those used ranges are empty and lie where the list ends."""
+    quotient = total // used
+    rest = total - quotient * used
+    first = range_start(tl.minimum(r, used), quotient, rest)
+    return first, range_start(tl.minimum(r + 1, used), quotient, rest)
 
 
 @triton.jit

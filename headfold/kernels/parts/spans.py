@@ -49,9 +49,9 @@ def visible_keys(position, shift, window_left, window_right, chunk, sk, FEATURED
     low = tl.maximum(position + shift - window_left, 0)
     high = tl.minimum(position + shift + window_right + 1, sk)
     if FEATURED:
-        # A query before the first key has no chunk that a key could share.
-        start = tl.maximum(position + shift, 0) // chunk * chunk
-        low = tl.maximum(low, start)
-        homeless = (position + shift < 0) & (chunk < OPEN)
-        high = tl.where(homeless, 0, tl.minimum(high, start + chunk))
+        if chunk < OPEN:
+            # A query before the first key has no chunk that a key could share.
+            start = tl.maximum(position + shift, 0) // chunk * chunk
+            low = tl.maximum(low, start)
+            high = tl.where(position + shift < 0, 0, tl.minimum(high, start + chunk))
     return low, high

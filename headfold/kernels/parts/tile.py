@@ -64,23 +64,11 @@ def load_queries(
 
 
 @triton.jit
-def tile_keys(
-    first_row,
-    sq,
-    sk,
-    fold,
-    shift,
-    window_left,
-    window_right,
-    chunk,
-    BLOCK_M: tl.constexpr,
-    FEATURED: tl.constexpr,
-):
-    """What the mask leaves of the keys of a tile: (first key that any row sees, end of the keys that any row sees,
-    first key that all rows see, end of the keys that all rows see)."""
-    last_row = tl.minimum(first_row + BLOCK_M, sq * fold) - 1
-    low, full_high = visible_keys(first_row // fold, shift, window_left, window_right, chunk, sk, FEATURED)
-    full_low, high = visible_keys(last_row // fold, shift, window_left, window_right, chunk, sk, FEATURED)
+def tile_keys(first, last, sk, shift, window_left, window_right, chunk, FEATURED: tl.constexpr):
+    """What the mask leaves of the keys of a tile of the query positions first..last: (first key that any row sees, end of
+    the keys that any row sees, first key that all rows see, end of the keys that all rows see)."""
+    low, full_high = visible_keys(first, shift, window_left, window_right, chunk, sk, FEATURED)
+    full_low, high = visible_keys(last, shift, window_left, window_right, chunk, sk, FEATURED)
     return low, high, full_low, full_high
 
 
