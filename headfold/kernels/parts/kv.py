@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from headfold.kernels.parts.address import times
+from headfold.kernels.parts.address import aligned, times
 
 
 @triton.jit
@@ -21,8 +21,9 @@ def row_offsets(
         j = j + pad
         high = ((2 * j).to(tl.uint64) * page_magic.to(tl.uint64)) >> 32
         number = (high.to(tl.uint32) >> page_shift).to(tl.int32)
-        page = times(tl.load(table + number), strides[0], ALIGN)
-        offsets = page + times(j - number * page_size, strides[1], ALIGN)
+        # In 64 bits: 32:32 b4 s65536 in pages of 64 takes 965 us, and 977 with `times`, which has fewer instructions.
+        page = tl.load(table + number).to(tl.int64) * aligned(strides[0], ALIGN)
+        offsets = page + (j - number * page_size).to(tl.int64) * aligned(strides[1], ALIGN)
     else:
         offsets = times(j, strides[1], ALIGN)
     return offsets
