@@ -59,6 +59,16 @@ def variants() -> dict[str, Inputs]:
         left.window_left = 100
     found["d128/128 pages of 1, left window"] = left = paged(128, 128, 1)
     left.window_left = 100
+    for d, dv in DIMS:
+        for name, x in (
+            ("dense", call(d, dv)),
+            ("pages of 64", paged(d, dv, 64)),
+            ("pages of 1", paged(d, dv, 1)),
+        ):
+            if name == "pages of 1" and d not in (64, 128, 256):
+                continue
+            x.softcap = 50.0
+            found[f"d{d}/{dv} {name}, softcap"] = x
     for d, mask in [(128, m) for m in MASKS] + [
         (64, torch.bfloat16),
         (256, torch.bfloat16),
@@ -89,7 +99,8 @@ def compiled(x: Inputs) -> tuple[Plan, Any]:
     assert isinstance(plan, Plan), plan
     out, lse = torch.empty(x.out_shape, dtype=x.q.dtype), torch.empty(x.lse_shape)
     lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_q, x.seqused_k)
-    tiles = None if all(t is None for t in lengths) else torch.empty(2 * x.batch + 1, dtype=torch.int32)
+    plain = all(t is None for t in lengths) and not plan.softcap
+    tiles = None if plain else torch.empty(2 * x.batch + 1, dtype=torch.int32)
     arguments, variant = launch_arguments(plan, x, out, lse, tiles)
     counter = torch.empty(2, dtype=torch.int32)
     return plan, prefill_kernel.run(*arguments, counter, grid=(plan.workers,), warmup=True, **variant)
