@@ -60,15 +60,10 @@ def variants() -> dict[str, Inputs]:
     found["d128/128 pages of 1, left window"] = left = paged(128, 128, 1)
     left.window_left = 100
     for d, dv in DIMS:
-        for name, x in (
-            ("dense", call(d, dv)),
-            ("pages of 64", paged(d, dv, 64)),
-            ("pages of 1", paged(d, dv, 1)),
-        ):
-            if name == "pages of 1" and d not in (64, 128, 256):
-                continue
-            x.softcap = 50.0
-            found[f"d{d}/{dv} {name}, softcap"] = x
+        found[f"d{d}/{dv} dense, softcap"] = capped(call(d, dv))
+    for d, dv in PAGED_DIMS:
+        for page_size in (1, 64) if d in (64, 128, 256) else (8,):
+            found[f"d{d}/{dv} pages of {page_size}, softcap"] = capped(paged(d, dv, page_size))
     for d, mask in [(128, m) for m in MASKS] + [
         (64, torch.bfloat16),
         (256, torch.bfloat16),
@@ -82,6 +77,10 @@ def variants() -> dict[str, Inputs]:
 def call(d: int, dv: int, dtype: torch.dtype = torch.bfloat16, length: int = 512) -> Inputs:
     q, k = torch.empty(2, length, 8, d, dtype=dtype), torch.empty(2, length, 2, d, dtype=dtype)
     return Inputs(q, k, torch.empty(2, length, 2, dv, dtype=dtype))
+
+
+def capped(x: Inputs) -> Inputs:
+    return dataclasses.replace(x, softcap=50.0)
 
 
 def paged(d: int, dv: int, page_size: int) -> Inputs:
