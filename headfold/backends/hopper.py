@@ -22,8 +22,6 @@ OPEN_SIDE = 2**30
 # Stands for a softmax scale of 0: every score becomes 0 to the last bit, and a hidden one stays -inf.
 NO_SCALE = 1e-30
 
-# Rows that begin so many bytes behind the first are out of reach of 32 bits with a sign, in units of 16 bytes.
-FAR = 2**35
 # Bytes of a row of shared memory as it is swizzled.
 SWIZZLED = 128
 
@@ -146,7 +144,7 @@ def launch_arguments(
         "LEFT": plan.left_edge,
         "SOFTCAP": plan.softcap,
         "PAGE_ROWS": plan.page_rows,
-        "FAR": copied and (plan.softcap or max(_reach(x.k), _reach(x.v)) >= FAR),
+        "FAR": plan.far,
         "GROUPS": consumers,
         "num_warps": 4,
         "maxnreg": MAX_REGISTERS[consumers],
@@ -158,11 +156,6 @@ def launch_arguments(
 def by_head(t: torch.Tensor) -> torch.Tensor:
     """(batch, heads, rows, columns), a view; ragged tensors have one batch entry."""
     return (t if t.dim() == 4 else t.unsqueeze(0)).transpose(1, 2)
-
-
-def _reach(t: torch.Tensor) -> int:
-    """Bytes from the first row of a tensor to its last."""
-    return sum((n - 1) * s for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True)) * t.element_size()
 
 
 def _any(t: torch.Tensor | None, others: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:

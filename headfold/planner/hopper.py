@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from headfold.extras import FAR_CACHE
 from headfold.planner.device import Device
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import Tile
@@ -31,7 +32,7 @@ COPIED_BELOW = 16
 # With a left edge a tile's first block begins at a multiple of so many keys (`kernels/hopper/spans.py`).
 EDGE = 16
 # Of the words that `headfold/extras.py` has for what calls ask, what the prefill can do: always, and without a mask in memory.
-TAKEN = ("a sink",)
+TAKEN = ("a sink", FAR_CACHE)
 TAKEN_UNMASKED = ("a softcap", "attention chunks")
 # On an H200 this kernel runs at 1.3 times the Triton kernel's TFLOP/s (d128, 4096 keys; d96 1.4, d256 1.9, d64 as
 # fast without a mask and 1.1 times causal): it may waste rows for it.
@@ -64,8 +65,12 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
     keys = block_keys(p)
     taken = TAKEN if p.tensor_mask else TAKEN + TAKEN_UNMASKED
     reason = refusal(p, (d, dv), tuple(word for word in p.extras if word not in taken))
-    if not reason and p.kv_layout == "paged" and not fetched_rows(p, keys):
+    fetched = fetched_rows(p, keys) if p.kv_layout == "paged" else 0
+    if not reason and p.kv_layout == "paged" and not fetched:
         reason = no_boxes(p)
+    far = fetched == 1 and FAR_CACHE in p.extras
+    if not reason and far and p.softcap:
+        reason = "which has no softcap for rows that are copied from more than 32 GiB"
     if not reason and p.pack_gqa and p.group > 1:
         reason = "which does not fold, as pack_gqa=True asks"
     per_sequence = -(-p.max_seqlen_q // height)
@@ -81,7 +86,6 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
         return f"the Triton kernel, not the Gluon one, {reason}"
     head_bytes = p.max_seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
     section = max(1, int(device.l2 * SECTION_OF_L2) // head_bytes) * p.group
-    fetched = fetched_rows(p, keys) if p.kv_layout == "paged" else 0
     dims: tuple[str, ...] = ()
     if (p.head_dim, p.head_dim_v) != (parts(d)[0], parts(dv)[0]):
         cut = [" + ".join(str(n) for n in parts(one) if n) for one in (d, dv)]
@@ -109,6 +113,7 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
         page_rows=fetched,
         left_edge=left_edge(p),
         softcap=p.softcap,
+        far=far,
         workers=workers,
         section=min(section, p.batch * p.num_heads),
         shared_memory=shared_memory(p, keys, height),
@@ -149,7 +154,7 @@ def decode_tile(p: Problem, device: Device, rows: int) -> Tile | str:
     if device.arch != (9, 0) or p.device_type == "cpu" or rows <= TRITON_ROWS:
         return ""
     keys = decode_keys(p)
-    reason = refusal(p, decode_columns(p), p.extras)
+    reason = refusal(p, decode_columns(p), tuple(word for word in p.extras if word != FAR_CACHE))
     if not reason and p.tensor_mask:
         reason = "whose decode has no masks"
     if not reason and p.kv_layout == "paged" and page_rows(p, keys) < FEWEST_PAGE_ROWS:

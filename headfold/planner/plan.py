@@ -67,6 +67,7 @@ class Plan:
     page_rows: int = 0
     left_edge: bool = False
     softcap: bool = False
+    far: bool = False
     featured: bool = False
     tensor_mask: bool = False
     rotary: bool = False

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from headfold.extras import FAR_CACHE
 from headfold.planner import DEVICES, Plan, make_plan
 from headfold.planner.hopper import padded_dim, plan_hopper, product_dim
 from headfold.problem import Inputs, Problem, problem_of
@@ -124,6 +125,19 @@ def test_sinks_softcap_and_chunks_run_on_hopper(
 ) -> None:
     plan = make_plan(prefill(featured=True, **other), H200)
     assert (plan.backend, plan.left_edge, plan.softcap) == ("hopper", left_edge, softcap)
+
+
+def test_rows_that_32_bits_do_not_reach() -> None:
+    """Copied, they have a program of their own, but none that caps scores; boxes come from anywhere."""
+    far = {"kv_layout": "paged", "lengths_on_device": True, "extras": (FAR_CACHE,)}
+    assert make_plan(prefill(page_size=1, **far), H200).far
+    assert not make_plan(prefill(page_size=16, **far), H200).far
+    assert "more than 32 GiB" in reason(prefill(page_size=1, softcap=True, **far))
+    assert make_plan(prefill(page_size=16, softcap=True, **far), H200).backend == "hopper"
+    x = inputs(seqused_k=torch.zeros(1, dtype=torch.int32), page_table=torch.zeros(1, 4, dtype=torch.int32))
+    for pages, words in ((2**21, ()), (2**21 + 1, (FAR_CACHE,))):
+        x.k = x.v = torch.empty(pages, 16, 2, 256, dtype=torch.bfloat16, device="meta")
+        assert problem_of(x).extras == words
 
 
 def test_programs_with_a_left_edge_have_its_tiles() -> None:
