@@ -17,7 +17,7 @@ from headfold.planner import DEVICES
 from tests.aot.conftest import ROOT
 
 # Local accesses in a loop over blocks, that of the warps which copy rows: where rows begin, read all at once before the
-# wait (d256 with Triton 3.7.1, d128 with 3.6).
+# wait (plain calls with Triton 3.7.1 alone, capped ones of d128 with 3.6 alone).
 KNOWN_SPILLS = {
     "d256/256 pages of 1": 8,
     "d256/256 pages of 1, softcap": 6,
