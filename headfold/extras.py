@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from headfold.problem import Inputs
 
 
+# Rows that begin so many bytes behind the first are out of reach of 32 bits with a sign, in units of 16 bytes.
+FAR = 2**35
+FAR_CACHE = "a cache of more than 32 GiB"
+
+
 def extras_of(x: Inputs, out: torch.Tensor | None) -> tuple[str, ...]:
     """Everything about checked inputs that a kernel for common calls may leave to a general one, in a fixed order."""
     scale = x.softmax_scale
@@ -25,6 +30,7 @@ def extras_of(x: Inputs, out: torch.Tensor | None) -> tuple[str, ...]:
         (scale is not None and scale < 0, "a negative softmax scale"),
         (any(_expanded(t) for t in (x.q, x.k, x.v)), "an expanded tensor"),
         (x.page_table is not None and x.k.shape[0] == 0, "cache without a page"),
+        (x.page_table is not None and max(_reach(x.k), _reach(x.v)) >= FAR, FAR_CACHE),
         (
             not all(_copy_engine_strides(t) for t in (x.q, x.k, x.v)),
             "strides that the copy engine cannot walk",
@@ -48,6 +54,11 @@ def mask_boxes(mask: torch.Tensor) -> bool:
 
 def _expanded(t: torch.Tensor) -> bool:
     return any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
+
+
+def _reach(t: torch.Tensor) -> int:
+    """Bytes from the first row of a tensor to its last."""
+    return sum((n - 1) * s for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True)) * t.element_size()
 
 
 def _copy_engine_strides(t: torch.Tensor) -> bool:

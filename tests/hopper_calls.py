@@ -158,6 +158,26 @@ def drawn_ragged(
     return x
 
 
+FEATURES = ("sink", "softcap", "chunk")
+
+
+def with_features(x: Inputs, seed: int, features: Sequence[str] = ()) -> Inputs:
+    """The call with sinks, a softcap and attention chunks, or with some of them; with a mask there are sinks alone."""
+    draw = Draw(seed, x.q.device.type)
+    r = draw.r
+    chosen = features or r.sample(FEATURES, r.randint(1, len(FEATURES)))
+    if "sink" in chosen or x.mask is not None:
+        dtype = r.choice((torch.bfloat16, torch.float16, torch.float32))
+        # From a place of any alignment.
+        skip = r.randint(0, 3)
+        x = replace(x, sink=(2 * draw.rand(x.q.shape[-2] + skip, dtype=dtype))[skip:])
+    if "softcap" in chosen and x.mask is None:
+        x = replace(x, softcap=r.choice((0.5, 3.0, 50.0)))
+    if "chunk" in chosen and x.mask is None:
+        x = replace(x, attention_chunk=r.choice((1, 16, 50, 64, 100, 128, 130, 250, 4096)))
+    return x
+
+
 LAYOUTS = ("apart", "halves", "heads first")
 
 

@@ -96,3 +96,9 @@ def address(t: torch.Tensor | None) -> int:
 def kind(t: torch.Tensor | None) -> int:
     """The kind of a tensor's elements as `kernels/parts/address.py` numbers them; 0 for none."""
     return 0 if t is None else KINDS[t.dtype]
+
+
+def division(d: int) -> tuple[int, int]:
+    """(magic, shift) with n // d == ((2 * n * magic) >> 32) >> shift for every 0 <= n < 2**31, magic below 2**32."""
+    shift = (d - 1).bit_length()
+    return -(-(2 ** (31 + shift)) // d), shift

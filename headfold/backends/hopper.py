@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from headfold.backends.besides import address, division, kind
 from headfold.backends.launch import Launcher, compile_instead, compiling
 from headfold.kernels.hopper.compat import TensorDescriptor
 from headfold.kernels.hopper.layouts import shared_layout
@@ -16,13 +17,11 @@ from headfold.planner.hopper import GROUP_ROWS, query_stages
 from headfold.planner.plan import Plan
 from headfold.problem import Inputs, k_capacity, q_capacity
 
-# An open window side: above any position, and a sum with a position still fits 32 bits.
+# An open window side, and no chunk: above any position, and a sum with a position still fits 32 bits.
 OPEN_SIDE = 2**30
 # Stands for a softmax scale of 0: every score becomes 0 to the last bit, and a hidden one stays -inf.
 NO_SCALE = 1e-30
 
-# Rows that begin so many bytes behind the first are out of reach of 32 bits with a sign, in units of 16 bytes.
-FAR = 2**35
 # Bytes of a row of shared memory as it is swizzled.
 SWIZZLED = 128
 
@@ -49,9 +48,12 @@ def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> N
 
 
 def list_tiles(plan: Plan, x: Inputs) -> torch.Tensor | None:
-    """Which sequences have how many tiles, (2 * b + 1,) int32 made on the device; None where no length lies there."""
+    """Which sequences have how many tiles, (2 * b + 1,) int32 made on the device; None where no length lies there.
+
+    Programs are a budget: softcap's are those for lengths on the device, whether there are any or not.
+    """
     lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_q, x.seqused_k)
-    if all(t is None for t in lengths):
+    if all(t is None for t in lengths) and not plan.softcap:
         return None
     found = x.q.new_empty(2 * x.batch + 1, dtype=torch.int32)
     grid = (-(-x.batch // CHUNK.value),)
@@ -66,7 +68,7 @@ def launch_arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The kernel's run-time arguments but the counter, and its compile-time ones with Triton's options.
 
-    `tile_list` is `list_tiles`'s, where lengths lie on the device.
+    `tile_list` is what `list_tiles` returns.
     """
     rows, keys = GROUP_ROWS, plan.block_n
     consumers = plan.block_m // rows
@@ -89,6 +91,11 @@ def launch_arguments(
     lse_strides = (
         (0, lse.stride(1), lse.stride(0)) if ragged else (lse.stride(0), lse.stride(2), lse.stride(1))
     )
+    chunk = x.attention_chunk or OPEN_SIDE
+    # tanh bounds the scores before the exponential: twice the cap takes the scale's place (`kernels/hopper/softmax.py`).
+    scale, cap_factor = max(x.scale, NO_SCALE), 0.0
+    if plan.softcap:
+        scale, cap_factor = 2 * x.softcap, 2 * math.log2(math.e) * x.scale / x.softcap
     arguments = (
         boxes(q, rows, width),
         None if copied else boxes(k, rows_of_box, piece if plan.page_rows else width),
@@ -96,7 +103,7 @@ def launch_arguments(
         mask,
         out,
         lse,
-        *(_any(t, lengths) for t in lengths),
+        *(_any(t, (*lengths, tile_list)) for t in lengths),
         *(int(one) for one in given),
         q.shape[2],
         k.shape[2],
@@ -108,10 +115,13 @@ def launch_arguments(
         x.batch * q.shape[1],
         OPEN_SIDE if x.window_left < 0 else min(x.window_left, OPEN_SIDE),
         OPEN_SIDE if x.window_right < 0 else min(x.window_right, OPEN_SIDE),
+        *(chunk, *division(chunk)),
+        *(address(x.sink), kind(x.sink)),
         *mask_steps,
         *(s // 8 for s in out_strides),
         *lse_strides,
-        max(x.scale, NO_SCALE) * math.log2(math.e),
+        scale * math.log2(math.e),
+        cap_factor,
         x.page_table,
         0 if x.page_table is None else x.page_table.stride(0),
         k.shape[2],
@@ -130,10 +140,11 @@ def launch_arguments(
         "Q_STAGES": query_stages(d, plan.block_m, mask is not None or copied),
         "VALUES": plan.value_stages,
         "MASKED": mask is not None,
-        "VARLEN": any(given),
-        "LEFT": x.window_left >= 0,
+        "VARLEN": tile_list is not None,
+        "LEFT": plan.left_edge,
+        "SOFTCAP": plan.softcap,
         "PAGE_ROWS": plan.page_rows,
-        "FAR": copied and max(_reach(x.k), _reach(x.v)) >= FAR,
+        "FAR": plan.far,
         "GROUPS": consumers,
         "num_warps": 4,
         "maxnreg": MAX_REGISTERS[consumers],
@@ -147,14 +158,9 @@ def by_head(t: torch.Tensor) -> torch.Tensor:
     return (t if t.dim() == 4 else t.unsqueeze(0)).transpose(1, 2)
 
 
-def _reach(t: torch.Tensor) -> int:
-    """Bytes from the first row of a tensor to its last."""
-    return sum((n - 1) * s for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True)) * t.element_size()
-
-
-def _any(t: torch.Tensor | None, lengths: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
+def _any(t: torch.Tensor | None, others: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
     """`t`, or in its place a pointer that is not followed, so that calls that lack some lengths share a variant."""
-    return t if t is not None else next((one for one in lengths if one is not None), None)
+    return t if t is not None else next((one for one in others if one is not None), None)
 
 
 def boxes(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from headfold.appending import AppendingInputs
 from headfold.backends import Runner, besides, hopper_decode
-from headfold.backends.besides import address
+from headfold.backends.besides import address, division
 from headfold.backends.launch import Launcher
 from headfold.backends.workspace import workspace
 from headfold.kernels.decode import decode_kernel
@@ -65,12 +65,6 @@ def _lse_strides(x: Inputs, t: torch.Tensor) -> tuple[int, int, int]:
     if x.cu_seqlens_q is None:
         return t.stride(0), t.stride(2), t.stride(1)
     return 0, t.stride(1), t.stride(0)
-
-
-def division(d: int) -> tuple[int, int]:
-    """(magic, shift) with n // d == ((2 * n * magic) >> 32) >> shift for every 0 <= n < 2**31, magic below 2**32."""
-    shift = (d - 1).bit_length()
-    return -(-(2 ** (31 + shift)) // d), shift
 
 
 def constants(plan: Plan, head_dim: int, head_dim_v: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -198,6 +198,20 @@ def _features(m: Heads, batch: int, sk: int, far: int, prompt: int) -> tuple[Cas
     )
 
 
+def _feature_prefills() -> tuple[Case, ...]:
+    """What prefills of gpt-oss (sinks, and a window in every other layer) and of Gemma 2 (softcap) add to plain ones."""
+    plain, capped = _prefill(GPT_OSS, 1, 8192, True), _prefill(LLAMA_8B, 1, 4096, True)
+    window = replace(plain, name=f"{plain.name}-window128", features=Features(window=128))
+    return (
+        plain,
+        _with(plain, f"{plain.name}-sink", Features(sink=True)),
+        window,
+        _with(window, f"{window.name}-sink", Features(sink=True, window=128)),
+        capped,
+        _with(capped, f"{capped.name}-softcap", Features(softcap=50.0)),
+    )
+
+
 def _cuda() -> tuple[Case, ...]:
     decode = [
         _decode(LLAMA_8B, 16, 8192),
@@ -302,9 +316,9 @@ def catalogue(device_type: str, suite: str = "all") -> tuple[Case, ...]:
         raise ValueError(f"--suite is {suite!r}; it must be one of {', '.join(SUITES)}")
     cuda = device_type == "cuda"
     models = _cuda() if cuda else _cpu()
-    features = (
-        _features(LLAMA_8B, 16, 8192, 65536, 4096) if cuda else _features(LLAMA_8B, 1, 8192, 32768, 512)
-    )
+    features = _features(LLAMA_8B, 1, 8192, 32768, 512)
+    if cuda:
+        features = (*_features(LLAMA_8B, 16, 8192, 65536, 4096), *_feature_prefills())
     if suite == "features":
         return features
     everything = models + tuple(c for c in features if c not in models)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from headfold.extras import FAR_CACHE
 from headfold.planner.device import Device
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import Tile
@@ -28,8 +29,11 @@ COPY_STAGES = 3
 FEWEST_PAGE_ROWS = 8
 # The prefill copies keys row by row where their boxes would have fewer keys.
 COPIED_BELOW = 16
-# Under a left window a tile's first block begins at a multiple of so many keys (`kernels/hopper/spans.py`).
+# With a left edge a tile's first block begins at a multiple of so many keys (`kernels/hopper/spans.py`).
 EDGE = 16
+# Of the words that `headfold/extras.py` has for what calls ask, what the prefill can do: always, and without a mask in memory.
+TAKEN = ("a sink", FAR_CACHE)
+TAKEN_UNMASKED = ("a softcap", "attention chunks")
 # On an H200 this kernel runs at 1.3 times the Triton kernel's TFLOP/s (d128, 4096 keys; d96 1.4, d256 1.9, d64 as
 # fast without a mask and 1.1 times causal): it may waste rows for it.
 WORTH_ROWS = 1.3
@@ -59,9 +63,14 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
     height = tile_rows(p, device)
     d, dv = columns(p, height)
     keys = block_keys(p)
-    reason = refusal(p, (d, dv))
-    if not reason and p.kv_layout == "paged" and not fetched_rows(p, keys):
+    taken = TAKEN if p.tensor_mask else TAKEN + TAKEN_UNMASKED
+    reason = refusal(p, (d, dv), tuple(word for word in p.extras if word not in taken))
+    fetched = fetched_rows(p, keys) if p.kv_layout == "paged" else 0
+    if not reason and p.kv_layout == "paged" and not fetched:
         reason = no_boxes(p)
+    far = fetched == 1 and FAR_CACHE in p.extras
+    if not reason and far and p.softcap:
+        reason = "which has no softcap for rows that are copied from more than 32 GiB"
     if not reason and p.pack_gqa and p.group > 1:
         reason = "which does not fold, as pack_gqa=True asks"
     per_sequence = -(-p.max_seqlen_q // height)
@@ -77,7 +86,6 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
         return f"the Triton kernel, not the Gluon one, {reason}"
     head_bytes = p.max_seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
     section = max(1, int(device.l2 * SECTION_OF_L2) // head_bytes) * p.group
-    fetched = fetched_rows(p, keys) if p.kv_layout == "paged" else 0
     dims: tuple[str, ...] = ()
     if (p.head_dim, p.head_dim_v) != (parts(d)[0], parts(dv)[0]):
         cut = [" + ".join(str(n) for n in parts(one) if n) for one in (d, dv)]
@@ -103,6 +111,9 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
         use_tma=True,
         paged=fetched > 0,
         page_rows=fetched,
+        left_edge=left_edge(p),
+        softcap=p.softcap,
+        far=far,
         workers=workers,
         section=min(section, p.batch * p.num_heads),
         shared_memory=shared_memory(p, keys, height),
@@ -122,7 +133,7 @@ def tile_rows(p: Problem, device: Device) -> int:
     if max(p.head_dim, p.head_dim_v) > TALL_DIM or p.tensor_mask:
         return short
     # Ragged batches may be short, and the producer of pages needs the registers.
-    if p.q_layout != "dense" or p.kv_layout != "dense" or p.lengths_on_device or p.window_left is not None:
+    if p.q_layout != "dense" or p.kv_layout != "dense" or p.lengths_on_device or left_edge(p):
         return short
     if min(p.max_seqlen_q, p.max_seqlen_k) < (TALL_KEYS if p.window_right is None else TALL_KEYS_CAUSAL):
         return short
@@ -143,7 +154,7 @@ def decode_tile(p: Problem, device: Device, rows: int) -> Tile | str:
     if device.arch != (9, 0) or p.device_type == "cpu" or rows <= TRITON_ROWS:
         return ""
     keys = decode_keys(p)
-    reason = refusal(p, decode_columns(p))
+    reason = refusal(p, decode_columns(p), tuple(word for word in p.extras if word != FAR_CACHE))
     if not reason and p.tensor_mask:
         reason = "whose decode has no masks"
     if not reason and p.kv_layout == "paged" and page_rows(p, keys) < FEWEST_PAGE_ROWS:
@@ -189,10 +200,18 @@ def on_hopper(plan: Plan, p: Problem, tile: Tile) -> Plan:
     )
 
 
-def refusal(p: Problem, dims: tuple[int, int]) -> str:
+def left_edge(p: Problem) -> bool:
+    """Whether the prefill's program is the one whose rows need not see a sequence's first keys.
+
+    Programs are a budget: softcap has none without it.
+    """
+    return p.window_left is not None or p.attention_chunk > 0 or p.softcap
+
+
+def refusal(p: Problem, dims: tuple[int, int], extras: tuple[str, ...]) -> str:
     """Why a kernel of tiles with `dims` columns cannot run `p`, as the end of a sentence.
 
-    Empty when it can.
+    Empty when it can. `extras` are those of the call that the kernel has not.
     """
     if p.dtype.itemsize != 2:
         return "which is for float16 and bfloat16"
@@ -202,8 +221,9 @@ def refusal(p: Problem, dims: tuple[int, int]) -> str:
         return "which has no masks over pages"
     if not p.aligned or not p.tma_strides:
         return "which needs rows of 16-byte multiples"
-    if p.extras:
-        return f"which has no {' and no '.join(p.extras)}"
+    if extras:
+        beside = " beside a mask" if p.tensor_mask and set(extras) & set(TAKEN_UNMASKED) else ""
+        return f"which has no {' and no '.join(extras)}{beside}"
     return ""
 
 
@@ -217,8 +237,8 @@ def block_keys(p: Problem) -> int:
     d, dv = columns(p, 2 * GROUP_ROWS)
     if max(d, dv) <= 128:
         return 128
-    # Of 192/128 shared memory holds blocks of 128 keys too, but under a left window their loops over pages spill.
-    return 128 if d <= 192 and dv <= 128 and not p.tensor_mask and p.window_left is None else 64
+    # Of 192/128 shared memory holds blocks of 128 keys too, but with a left edge their loops over pages spill.
+    return 128 if d <= 192 and dv <= 128 and not p.tensor_mask and not left_edge(p) else 64
 
 
 def decode_columns(p: Problem) -> tuple[int, int]:
@@ -240,7 +260,7 @@ def value_stages(p: Problem, keys: int, rows: int) -> int:
 def page_rows(p: Problem, keys: int) -> int:
     """Keys of a box of a paged cache: the largest power of two that divides the page size and fits where blocks of
     `keys` begin."""
-    most = min(keys, EDGE) if p.window_left is not None else keys
+    most = min(keys, EDGE) if left_edge(p) else keys
     return min(p.page_size & -p.page_size, most)
 
 

@@ -59,6 +59,11 @@ def variants() -> dict[str, Inputs]:
         left.window_left = 100
     found["d128/128 pages of 1, left window"] = left = paged(128, 128, 1)
     left.window_left = 100
+    for d, dv in DIMS:
+        found[f"d{d}/{dv} dense, softcap"] = capped(call(d, dv))
+    for d, dv in PAGED_DIMS:
+        for page_size in (1, 64) if d in (64, 128, 256) else (8,):
+            found[f"d{d}/{dv} pages of {page_size}, softcap"] = capped(paged(d, dv, page_size))
     for d, mask in [(128, m) for m in MASKS] + [
         (64, torch.bfloat16),
         (256, torch.bfloat16),
@@ -72,6 +77,10 @@ def variants() -> dict[str, Inputs]:
 def call(d: int, dv: int, dtype: torch.dtype = torch.bfloat16, length: int = 512) -> Inputs:
     q, k = torch.empty(2, length, 8, d, dtype=dtype), torch.empty(2, length, 2, d, dtype=dtype)
     return Inputs(q, k, torch.empty(2, length, 2, dv, dtype=dtype))
+
+
+def capped(x: Inputs) -> Inputs:
+    return dataclasses.replace(x, softcap=50.0)
 
 
 def paged(d: int, dv: int, page_size: int) -> Inputs:
@@ -89,7 +98,8 @@ def compiled(x: Inputs) -> tuple[Plan, Any]:
     assert isinstance(plan, Plan), plan
     out, lse = torch.empty(x.out_shape, dtype=x.q.dtype), torch.empty(x.lse_shape)
     lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_q, x.seqused_k)
-    tiles = None if all(t is None for t in lengths) else torch.empty(2 * x.batch + 1, dtype=torch.int32)
+    plain = all(t is None for t in lengths) and not plan.softcap
+    tiles = None if plain else torch.empty(2 * x.batch + 1, dtype=torch.int32)
     arguments, variant = launch_arguments(plan, x, out, lse, tiles)
     counter = torch.empty(2, dtype=torch.int32)
     return plan, prefill_kernel.run(*arguments, counter, grid=(plan.workers,), warmup=True, **variant)

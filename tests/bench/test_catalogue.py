@@ -126,6 +126,17 @@ def test_suites_hold_what_they_are_called(device: str) -> None:
     assert set(catalogue(device)) == whole
 
 
+def test_prefills_have_features_of_models_that_use_them() -> None:
+    """Sinks alone and within a window, and a softcap: the Gluon kernel's on a Hopper GPU."""
+    cases = {c.name: c for c in catalogue("cuda", "features") if c.kind == "prefill" and c.base}
+    sink = cases["gpt-oss-prefill-b1-s8192-causal-sink"]
+    window = cases["gpt-oss-prefill-b1-s8192-causal-window128-sink"]
+    assert (sink.heads, sink.kv_heads, sink.d, sink.flops) == (64, 8, 64, 4 * 64 * 64 * 8192 * 8193 // 2)
+    assert window.flops == 4 * 64 * 64 * (8192 * 128 - 128 * 127 // 2)
+    assert cases["llama3-8b-prefill-b1-s4096-causal-softcap"].features.softcap == 50.0
+    assert len(cases) == 5, "with both kinds of masks"
+
+
 def test_select_takes_globs_in_catalogue_order() -> None:
     cases = catalogue("cpu")
     found = select(cases, ["llama3-8b-prefill-*", "glm*"])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from triton.experimental.gluon import language as gl
 
+from headfold.backends.besides import KINDS
 from tests.gluon_emulator import barriers, shared
 from tests.gluon_emulator.engines import Descriptor
 from tests.gluon_emulator.scheduler import current
@@ -180,6 +181,15 @@ def pointer(address: Any, dtype: Any, alignment: int) -> Pointer:
     return address
 
 
+def load_float(address: Any, kind: Any, offset: Any, mask: Any) -> Any:
+    """`parts/address.py`, which looks at the bits of narrow numbers."""
+    if not mask:
+        return Scalar(0.0, gl.float32)
+    if KINDS[address.base.dtype] != int(kind):
+        raise TypeError(f"{address!r} taken for numbers of kind {kind}")
+    return load(address + offset).to(gl.float32)
+
+
 def sum_of(x: Tensor, axis: int) -> Any:
     return _reduced(x, x.data.sum(axis, dtype=x.data.dtype), axis)
 
@@ -278,6 +288,9 @@ def inline_asm_elementwise(
         return Tensor(
             (args[0].data.contiguous().view(torch.int16).int() << 16).view(torch.float32), args[0].layout
         )
+    if asm == "rcp.approx.ftz.f32 $0, $1;" and pack == 1:
+        _of_types(args, [gl.float32], constraints, "=f,f")
+        return Tensor(args[0].data.reciprocal(), args[0].layout)
     if re.fullmatch(PRODUCT_UNLESS_ONES, asm):
         _of_types(
             args,

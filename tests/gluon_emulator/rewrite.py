@@ -108,6 +108,7 @@ def _table() -> dict[int, Any]:
         id(tl): language_of_both,
         id(division.divide): language.divide,
         id(address.pointer): language.pointer,
+        id(address.load_float): language.load_float,
         id(hopper.mbarrier): MBARRIER,
         id(compat.tma_load): engines.tma_load,
         id(compat.copy_to_shared): pieces.copy_to_shared,

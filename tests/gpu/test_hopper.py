@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from headfold.planner import hopper as planner
 from headfold.planner.hopper import plan_hopper
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
-from tests.hopper_calls import LAYOUTS, PARTED_DIMS, drawn, drawn_ragged, in_pages
+from tests.hopper_calls import (
+    LAYOUTS,
+    PARTED_DIMS,
+    drawn,
+    drawn_ragged,
+    in_pages,
+    with_features,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,6 +67,92 @@ def test_head_dimensions_in_two_parts(dims: tuple[int, int]) -> None:
     for seed in range(8):
         for x in (drawn(seed, "cuda", dims=[dims]), drawn_ragged(seed, "cuda", dims=[dims])):
             assert_accurate(x, *attend(x))
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_drawn_calls_with_features(seed: int) -> None:
+    """Sinks, softcap and chunks beside windows, dense and ragged, and sinks beside masks."""
+    for x in (drawn(seed, "cuda"), drawn_ragged(seed, "cuda")):
+        x = with_features(x, seed)
+        out, lse = attend(x)
+        assert_accurate(x, out, lse)
+        again = attend(x)
+        assert torch.equal(again[0].nan_to_num(5.0), out.nan_to_num(5.0))
+
+
+@pytest.mark.parametrize("dims", PARTED_DIMS)
+def test_features_of_head_dimensions_in_two_parts(dims: tuple[int, int]) -> None:
+    for seed in range(8):
+        for x in (drawn(seed, "cuda", dims=[dims]), drawn_ragged(seed, "cuda", dims=[dims])):
+            x = with_features(x, seed)
+            assert_accurate(x, *attend(x))
+
+
+@pytest.mark.parametrize("length", [1024, 4096])
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"sink": True},
+        {"sink": True, "window_left": 127},
+        {"softcap": 50.0},
+        {"softcap": 50.0, "window_left": 511},
+        {"attention_chunk": 700},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_features_of_models(d: int, features: dict[str, Any], length: int) -> None:
+    """gpt-oss, Gemma 2 and Llama 4, with the kernel that the planner picks, in the same bits every time."""
+    torch.manual_seed(d)
+    q, k, v = rand(1, length, 16, d), rand(1, length, 2, d), rand(1, length, 2, d)
+    x = Inputs(q, k, v, window_right=0, **{**features, "sink": 2 * rand(16) if "sink" in features else None})
+    assert backends.plan_of(x)[1].backend == "hopper"
+    first = attend(x)
+    assert_accurate(x, *first)
+    for _ in range(50):
+        again = attend(x)
+        assert torch.equal(again[0], first[0])
+        assert torch.equal(again[1], first[1])
+
+
+def test_few_keys_with_nan_on_both_sides() -> None:
+    """Both ends of them in the same rows of shared memory, which each consumer zeroes for itself."""
+    for left, sk in ((5, 164), (2, 150), (0, 146)):
+        k, v = rand(64, 200, 4, 64), rand(64, 200, 4, 64)
+        for t in (k, v):
+            t[:, : sk - 6 - left], t[:, sk:] = NAN, NAN
+        x = Inputs(rand(64, 130, 8, 64), k, v, window_left=left, window_right=0)
+        x.seqused_q, x.seqused_k = (torch.full((64,), n, dtype=torch.int32, device="cuda") for n in (6, sk))
+        for _ in range(50):
+            assert not attend(x)[0][:, :6].isnan().any()
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"sink": True, "window_left": 127},
+        {"softcap": 50.0},
+        {"attention_chunk": 130, "softcap": 3.0},
+        {"attention_chunk": 700},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("d", [64, 96, 128, 256])
+def test_features_on_pages_give_the_bits_of_rows(d: int, features: dict[str, Any], page_size: int) -> None:
+    if d == 96 and page_size == 1:
+        pytest.skip("rows of head dimensions in two parts are not copied")
+    torch.manual_seed(d + page_size)
+    lengths = [700, 0, 1300, 129]
+    for q_lens in (200, [300, 1, 150, 129]):
+        rows = paged_rows(lengths, q_lens, d, d, (features.get("window_left", -1), 0))
+        rows.softcap, rows.attention_chunk = features.get("softcap", 0.0), features.get("attention_chunk", 0)
+        rows.sink = rand(8) if "sink" in features else None
+        want = attend(rows)
+        assert_accurate(rows, *want)
+        got = attend(in_pages(rows, lengths, page_size))
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
 
 
 @pytest.mark.parametrize("sq", [128, 512, 2048])

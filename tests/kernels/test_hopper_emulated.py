@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from headfold.backends import hopper as backend
+from headfold import extras
 from headfold.kernels.hopper import spans
 from headfold.planner import hopper as planner
 from headfold.problem import Inputs
@@ -109,6 +109,20 @@ def test_keys_that_no_query_sees_may_hold_nan() -> None:
         q, k, v = rand(1, sq, 2, 128), rand(1, sk, 1, 128), rand(1, sk, 1, 128)
         k[:, sq:], v[:, sq:] = NAN, NAN
         check(Inputs(q, k, v, window_right=0, bottom_right=False))
+
+
+@pytest.mark.parametrize("d", [64, 96])
+def test_few_keys_with_nan_on_both_sides(d: int) -> None:
+    """Both ends of them in the same rows of shared memory, which each consumer zeroes for itself: what one writes back
+    as it was must not undo what the other has zeroed."""
+    for left, sk in ((5, 164), (2, 150), (0, 146)):
+        k, v = rand(1, 200, 1, d), rand(1, 200, 1, d)
+        first = sk - 6 - left
+        for t in (k, v):
+            t[:, :first], t[:, sk:] = NAN, NAN
+        x = Inputs(rand(1, 130, 2, d), k, v, window_left=left, window_right=0)
+        x.seqused_q, x.seqused_k = (torch.tensor([n], dtype=torch.int32) for n in (6, sk))
+        check(x, schedules=8)
 
 
 def test_rows_whose_biases_are_all_the_lowest_float() -> None:
@@ -311,7 +325,7 @@ def test_rows_that_32_bits_do_not_reach(monkeypatch: pytest.MonkeyPatch) -> None
     rows.seqused_k = torch.tensor([300], dtype=torch.int32)
     pages = in_pages(rows, [300], 4)
     want = attend(pages)
-    monkeypatch.setattr(backend, "FAR", 0)
+    monkeypatch.setattr(extras, "FAR", 0)
     assert same(attend(pages), want)
 
 

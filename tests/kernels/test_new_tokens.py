@@ -13,6 +13,7 @@ import triton.language as tl
 import headfold
 from headfold import append, appending, backends, prepared
 from headfold.backends import append as append_launcher
+from headfold.backends import besides
 from headfold.backends import triton as launcher
 from headfold.kernels.parts.new_tokens import cache_rows
 from headfold.planner import DEVICES
@@ -227,11 +228,11 @@ def test_a_page_that_is_not_there_takes_nothing(kernels: Target) -> None:
         keys, values = torch.zeros(2, 4, dtype=torch.int64, device=kernels.device)
         there = torch.zeros(4, dtype=torch.int32, device=kernels.device)
         table = torch.tensor([1, missing], dtype=torch.int32, device=kernels.device)
-        places_kernel[(1,)](table, keys, values, there, 7, 2, *launcher.division(8))
+        places_kernel[(1,)](table, keys, values, there, 7, 2, *besides.division(8))
         assert there.tolist() == [1, 0, 0, 0], missing
         assert (keys[0].item(), values[0].item()) == (128 + 7 * 16, 256 + 7 * 32)
     table[1] = 0
-    places_kernel[(1,)](table, keys, values, there, 7, 2, *launcher.division(8))
+    places_kernel[(1,)](table, keys, values, there, 7, 2, *besides.division(8))
     assert there.tolist() == [1, 1, 1, 0]
     assert keys.tolist()[:3] == [128 + 7 * 16, 0, 16]
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from headfold.extras import FAR_CACHE
 from headfold.planner import DEVICES, Plan, make_plan
 from headfold.planner.hopper import padded_dim, plan_hopper, product_dim
 from headfold.problem import Inputs, Problem, problem_of
@@ -62,7 +63,15 @@ def test_the_interpreter_keeps_the_triton_kernel() -> None:
         ({"kv_layout": "paged", "page_size": 16, "tensor_mask": True}, "no masks over pages"),
         ({"aligned": False}, "16-byte"),
         ({"pack_gqa": True}, "pack_gqa=True"),
-        ({"extras": ("a sink", "a softcap")}, "no a sink and no a softcap"),
+        (
+            {"extras": ("a sink", "ALiBi slopes", "cache_leftpad")},
+            "which has no ALiBi slopes and no cache_leftpad",
+        ),
+        ({"extras": ("a softcap",), "softcap": True, "tensor_mask": True}, "no a softcap beside a mask"),
+        (
+            {"extras": ("attention chunks",), "attention_chunk": 64, "tensor_mask": True},
+            "chunks beside a mask",
+        ),
     ],
 )
 def test_what_it_cannot_do_goes_to_triton_and_the_plan_says_why(other: dict[str, Any], words: str) -> None:
@@ -94,6 +103,59 @@ def test_pages_come_in_boxes_that_lie_in_one_or_row_by_row(
     words = f"boxes of {rows}, each from one page of" if rows > 1 else "row by row from pages of"
     assert f"{words} {page_size}" in plan.reasons[-1]
     assert any("through the copy engine" in reason for reason in plan.reasons) == (rows > 1)
+
+
+@pytest.mark.parametrize(
+    ("other", "left_edge", "softcap"),
+    [
+        ({"extras": ("a sink",)}, False, False),
+        ({"extras": ("a sink",), "tensor_mask": True}, False, False),
+        ({"extras": ("a sink",), "window_left": 127, "window_right": 0}, True, False),
+        ({"extras": ("attention chunks",), "attention_chunk": 8192}, True, False),
+        ({"extras": ("a softcap",), "softcap": True, "window_right": 0}, True, True),
+        (
+            {"extras": ("a sink", "a softcap", "attention chunks"), "softcap": True, "attention_chunk": 100},
+            True,
+            True,
+        ),
+    ],
+)
+def test_sinks_softcap_and_chunks_run_on_hopper(
+    other: dict[str, Any], left_edge: bool, softcap: bool
+) -> None:
+    plan = make_plan(prefill(featured=True, **other), H200)
+    assert (plan.backend, plan.left_edge, plan.softcap) == ("hopper", left_edge, softcap)
+
+
+def test_rows_that_32_bits_do_not_reach() -> None:
+    """Copied, they have a program of their own, but none that caps scores; boxes come from anywhere."""
+    far = {"kv_layout": "paged", "lengths_on_device": True, "extras": (FAR_CACHE,)}
+    assert make_plan(prefill(page_size=1, **far), H200).far
+    assert not make_plan(prefill(page_size=16, **far), H200).far
+    assert "more than 32 GiB" in reason(prefill(page_size=1, softcap=True, **far))
+    assert make_plan(prefill(page_size=16, softcap=True, **far), H200).backend == "hopper"
+    x = inputs(seqused_k=torch.zeros(1, dtype=torch.int32), page_table=torch.zeros(1, 4, dtype=torch.int32))
+    for pages, words in ((2**21, ()), (2**21 + 1, (FAR_CACHE,))):
+        x.k = x.v = torch.empty(pages, 16, 2, 256, dtype=torch.bfloat16, device="meta")
+        assert problem_of(x).extras == words
+
+
+def test_programs_with_a_left_edge_have_its_tiles() -> None:
+    """What a left window asks of blocks, boxes and consumers, softcap and chunks ask too."""
+    for other in ({"window_left": 100}, {"softcap": True}, {"attention_chunk": 100}):
+        assert plan_tile(small(8192, 8192, **other)) == (128, 128, 0)
+        assert plan_tile(prefill(head_dim=192, **other)) == (128, 64, 0)
+        assert plan_tile(prefill(kv_layout="paged", page_size=64, lengths_on_device=True, **other)) == (
+            128,
+            128,
+            16,
+        )
+
+
+def plan_tile(p: Problem) -> tuple[int, int, int]:
+    plan = make_plan(p, H200)
+    assert plan.backend == "hopper"
+    return plan.block_m, plan.block_n, plan.page_rows
 
 
 def test_short_queries_of_a_group_are_folded_by_the_triton_kernel() -> None:

@@ -9,7 +9,7 @@ from headfold.kernels.hopper.compat import (
     mbarrier,
     warpgroup_mma_wait,
 )
-from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, staged_columns, store_layout
+from headfold.kernels.hopper.layouts import GROUP_ROWS, staged_columns, store_layout
 from headfold.kernels.hopper.products import (
     issue_scores,
     issue_values,
@@ -18,8 +18,17 @@ from headfold.kernels.hopper.products import (
     scaled,
     wait_values,
 )
+from headfold.kernels.hopper.results import load_sink, offset, store
 from headfold.kernels.hopper.schedule import pass_turn, receive, wait_turn
-from headfold.kernels.hopper.spans import EDGE, full_blocks, hide, seen_blocks, tile_blocks
+from headfold.kernels.hopper.spans import (
+    EDGE,
+    full_blocks,
+    hide,
+    row_bounds,
+    seen_blocks,
+    seen_end,
+    tile_blocks,
+)
 
 
 @gluon.jit
@@ -33,22 +42,22 @@ def attend(
     count,
     blocks,
     low,
-    sk,
-    own,
-    window,
-    scale_log2,
+    bounds,
+    scales,
     HEAD_DIM: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
     LEFT: gl.constexpr,
+    SOFTCAP: gl.constexpr,
     GROUP: gl.constexpr,
     GROUPS: gl.constexpr,
     EARLY: gl.constexpr,
 ):
     """Blocks blocks[0]-1 down to blocks[1], the weights of the one before them at hand."""
     words, acc, row_max, row_sum = state
+    scale_log2, cap_factor = scales
     k_full, k_free, v_full, v_free, turns = bars
     IN_TURN: gl.constexpr = GROUPS > 2
     VALUES: gl.constexpr = v_buffers[0].type.shape[0]
@@ -85,9 +94,11 @@ def attend(
             pass_turn(turns, GROUP, GROUPS)
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_free.index(stage), count=1)
+        if SOFTCAP:
+            scores = softmax.capped(scores, cap_factor)
         if MASKED:
             key = low + (blocks[0] - 1 - i) * BLOCK_N
-            scores = hide(scores, own, window, sk, key, LEFT)
+            scores = hide(scores, bounds, key, LEFT)
         if LAZY:
             weights, shrink, row_max, row_sum = softmax.step_lazily(
                 scores, row_max, row_sum, scale_log2, MASKED
@@ -142,12 +153,15 @@ def release(free):
 
 
 @gluon.jit
-def zero_from(values, key, end):
-    """Zero rows of shared memory from key `end` on, the first row being key `key`."""
+def zero_outside(values, key, start, end, LEFT: gl.constexpr):
+    """Zero rows of shared memory from key `end` on, and with LEFT those before key `start`, the first row being key `key`."""
     layout: gl.constexpr = store_layout(values.shape[1])
     index = key + gl.arange(0, values.shape[0], gl.SliceLayout(1, layout))
     loaded = values.load(layout)
-    values.store(gl.where((index < end)[:, None], loaded, gl.zeros_like(loaded)))
+    seen = index < end
+    if LEFT:
+        seen = seen & (index >= start)
+    values.store(gl.where(seen[:, None], loaded, gl.zeros_like(loaded)))
 
 
 @gluon.jit
@@ -165,18 +179,21 @@ def zero_unseen(
     v_full,
     count,
     key,
+    start,
     end,
     sk,
     BLOCK_N: gl.constexpr,
     HEAD_DIM_V: gl.constexpr,
     VALUES: gl.constexpr,
     VARLEN: gl.constexpr,
+    LEFT: gl.constexpr,
 ):
     """Zero the values from key `end` on in a tile's last block, number `count`, whose first key is `key`.
 
-    `end` is where the keys end that the last query sees. What lies between it and sk may hold NaN, and a weight of 0
-    does not help against that; beyond sk the copy engine fills in zeros. Each consumer writes for itself: the other
-    reads the same bytes or these zeros.
+    `end` is `seen_end`. What lies between it and sk may hold NaN, and a weight of 0 does not help against that; beyond sk
+    the copy engine fills in zeros. Each consumer writes for itself: the other
+    reads the same bytes or these zeros. Values before the tile's first key `start` are zeroed too where they lie in
+    this block: written back as they were, they would undo the other's `zero_front` under its product.
     """
     outside = end < sk
     if VARLEN:  # beyond sk comes another sequence, or what an earlier one left
@@ -190,7 +207,7 @@ def zero_unseen(
         for i in gl.static_range(BLOCK_N // PART):
             if end < key + (i + 1) * PART:
                 for j in gl.static_range(len(values)):
-                    zero_from(values[j].slice(i * PART, PART), key + i * PART, end)
+                    zero_outside(values[j].slice(i * PART, PART), key + i * PART, start, end, LEFT)
         fence_async_shared()
         barrier()
 
@@ -202,58 +219,6 @@ def zero_front(values, rows):
         zero_before(values[i].slice(0, EDGE), rows)
     fence_async_shared()
     barrier()
-
-
-@gluon.jit
-def offset(base, strides, batch, row, head, UNIT: gl.constexpr):
-    """Where the rows of a sequence's head begin; strides are (batch, row, head) in units of UNIT elements."""
-    return base + (batch * strides[0] + row * strides[1] + head * strides[2]) * UNIT
-
-
-@gluon.jit
-def write(staged, base, stride, first, sq, COLUMNS: gl.constexpr):
-    """Write 64 rows of shared memory, as far as there are rows and COLUMNS."""
-    WIDTH: gl.constexpr = staged.shape[1]
-    layout: gl.constexpr = store_layout(WIDTH)
-    row = first + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
-    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    live = (row < sq)[:, None]
-    if COLUMNS < WIDTH:
-        live = live & (column < COLUMNS)[None, :]
-    offsets = row.to(gl.int64)[:, None] * (stride * 8) + column[None, :]
-    gl.store(base + offsets, staged.load(layout), mask=live)
-
-
-@gluon.jit
-def store(acc, row_max, row_sum, scale, staging, Out, Lse, first, sq, COLUMNS: gl.constexpr):
-    """Finish 64 rows and write those that exist; COLUMNS of the accumulator's are the head dimension, the rest is padding.
-
-    `acc` are parts, and `staging` too. Wider rows than it has leave in two halves.
-    """
-    out_base, out_stride = Out
-    lse_base, lse_stride = Lse
-    inverse, lse = softmax.finish(row_max, row_sum, scale)
-    acc = scaled(acc, inverse)
-    position = first + gl.arange(0, GROUP_ROWS, row_max.type.layout)
-    gl.store(lse_base + position.to(gl.int64) * lse_stride, lse, mask=position < sq)
-    FIRST: gl.constexpr = acc[0].shape[1]
-    WIDTH: gl.constexpr = staging[0].shape[1]
-    if len(acc) > 1:
-        staging[0].store(acc[0].to(staging[0].dtype))
-        staging[1].store(acc[1].to(staging[1].dtype))
-        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
-        write(staging[1], out_base + FIRST, out_stride, first, sq, COLUMNS - FIRST)
-    elif WIDTH == FIRST:
-        staging[0].store(acc[0].to(staging[0].dtype))
-        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
-    else:
-        left, right = acc[0].reshape([GROUP_ROWS, 2, WIDTH]).permute([0, 2, 1]).split()
-        left = gl.convert_layout(left, accumulator(WIDTH), assert_trivial=True)
-        right = gl.convert_layout(right, accumulator(WIDTH), assert_trivial=True)
-        staging[0].store(left.to(staging[0].dtype))
-        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
-        staging[0].store(right.to(staging[0].dtype))
-        write(staging[0], out_base + WIDTH, out_stride, first, sq, COLUMNS - WIDTH)
 
 
 @gluon.jit
@@ -270,8 +235,8 @@ def own_spans(
     shift = (sk - sq) * bottom_right
     start, low, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, LEFT)
     own = first + GROUP * GROUP_ROWS
-    seen = seen_blocks(own, GROUP_ROWS, sq, sk, shift, window, low, blocks, BLOCK_N)
-    left, right = full_blocks(own, GROUP_ROWS, sq, sk, shift, window, low, seen, BLOCK_N)
+    seen = seen_blocks(own, GROUP_ROWS, sq, sk, shift, window, low, blocks, BLOCK_N, LEFT)
+    left, right = full_blocks(own, GROUP_ROWS, sq, sk, shift, window, low, seen, BLOCK_N, LEFT)
     return own, shift, start, low, blocks - seen, seen, left, right
 
 
@@ -288,13 +253,14 @@ def consume(
     SHARED: gl.constexpr,
     VARLEN: gl.constexpr,
     LEFT: gl.constexpr,
+    SOFTCAP: gl.constexpr,
     COPIED: gl.constexpr = False,
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces.
 
     COPIED: rows before the first key that a tile sees come as zeros.
     """
-    reads, bars, letters, Out, Lse, lengths, bottom_right, window, scale_log2 = common
+    reads, bars, letters, Out, Lse, lengths, bottom_right, window, scales, sinks = common
     q_buffers, k_buffers, v_buffers, staging = reads
     q_full, q_free, k_full, k_free, v_full, v_free, turns = bars
     mail, posted, taken = letters
@@ -329,31 +295,34 @@ def consume(
         if EARLY:
             mbarrier.arrive(q_done, count=1, pred=blocks == 1)
         zero_unseen(
-            v_buffers, v_full, count, low + (blocks - 1) * BLOCK_N, sq + shift + window[1], sk,
-            BLOCK_N, HEAD_DIM_V, VALUES, VARLEN,
+            v_buffers, v_full, count, low + (blocks - 1) * BLOCK_N, start, seen_end(sq, sk, shift, window, LEFT), sk,
+            BLOCK_N, HEAD_DIM_V, VALUES, VARLEN, LEFT,
         )  # fmt: skip
         count += 1
+        bounds = row_bounds(own, shift, window, sk, BLOCK_N, LEFT)
+        if SOFTCAP:
+            scores = softmax.capped(scores, scales[1])
         if (right < blocks) | (left == blocks):
-            scores = hide(scores, own + shift, window, sk, low + (blocks - 1) * BLOCK_N, LEFT)
+            scores = hide(scores, bounds, low + (blocks - 1) * BLOCK_N, LEFT)
         left = gl.minimum(left, blocks - 1)
         right = gl.minimum(right, blocks - 1)
         row_max, row_sum = softmax.begin(BLOCK_N)
-        weights, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
+        weights, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scales[0], True)
         acc = no_values(HEAD_DIM_V)
         state = (softmax.pack(weights, query[0].dtype), acc, row_max, row_sum)
         # Blocks that some row does not see in full lie at both ends.
         state, count = attend(
-            state, query, k_buffers, v_buffers, flow, q_done, count, (blocks - 1, right), low, sk, own + shift, window,
-            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS, EARLY,
+            state, query, k_buffers, v_buffers, flow, q_done, count, (blocks - 1, right), low, bounds, scales,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, SOFTCAP, GROUP, GROUPS, EARLY,
         )  # fmt: skip
         state, count = attend(
-            state, query, k_buffers, v_buffers, flow, q_done, count, (right, left), low, sk, own + shift, window,
-            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, False, LEFT, GROUP, GROUPS, EARLY,
+            state, query, k_buffers, v_buffers, flow, q_done, count, (right, left), low, bounds, scales,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, False, LEFT, SOFTCAP, GROUP, GROUPS, EARLY,
         )  # fmt: skip
         if LEFT:
             state, count = attend(
-                state, query, k_buffers, v_buffers, flow, q_done, count, (left, 0), low, sk, own + shift, window,
-                scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS, EARLY,
+                state, query, k_buffers, v_buffers, flow, q_done, count, (left, 0), low, bounds, scales,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, SOFTCAP, GROUP, GROUPS, EARLY,
             )  # fmt: skip
         if not EARLY and not SHARED:
             mbarrier.arrive(q_done, count=1)
@@ -365,16 +334,20 @@ def consume(
             if start > low:
                 zero_front(values, start - low)
         acc = issue_values(softmax.unpack(words, query[0].dtype), values, acc)
+        sink = load_sink(sinks, head)
         turn += 1
         letter = receive(turn, lengths, mail, posted, taken, VARLEN)
         spans = own_spans(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, LEFT)
         acc = wait_values(acc)
         mbarrier.arrive(v_free.index(older), count=1)
+        if SOFTCAP:
+            row_max = softmax.uncapped(row_max)
         store(
             acc,
             row_max,
             row_sum,
-            scale_log2 * 0.6931471805599453,
+            scales[0] * 0.6931471805599453,
+            sink,
             operands(staging, GROUP, GROUP_ROWS, staged_columns(staging[0].type.shape[4], HEAD_DIM_V)),
             (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1]),
             (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1]),

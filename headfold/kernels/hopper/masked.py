@@ -8,7 +8,7 @@ from headfold.kernels.hopper.compat import (
     view_as,
     warpgroup_mma,
 )
-from headfold.kernels.hopper.consumer import offset, release, store, zero_unseen
+from headfold.kernels.hopper.consumer import release, zero_unseen
 from headfold.kernels.hopper.layouts import (
     GROUP_ROWS,
     accumulator,
@@ -17,8 +17,9 @@ from headfold.kernels.hopper.layouts import (
     weights_layout,
 )
 from headfold.kernels.hopper.products import matrix, operands
+from headfold.kernels.hopper.results import load_sink, offset, store
 from headfold.kernels.hopper.schedule import receive
-from headfold.kernels.hopper.spans import full_blocks, hide, tile_blocks
+from headfold.kernels.hopper.spans import full_blocks, hide, row_bounds, seen_end, tile_blocks
 
 # Rows of a mask block that are looked at first. Where the diagonal of a causal mask cuts a block, its last rows live.
 SAMPLE = gl.constexpr(16)
@@ -80,7 +81,7 @@ def consume_masked(
     VARLEN: gl.constexpr,
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces."""
-    reads, flow, letters, Out, Lse, lengths, bottom_right, window, scale_log2 = common
+    reads, flow, letters, Out, Lse, lengths, bottom_right, window, scales, sinks = common
     q_buffers, k_buffers, v_buffers, staging = reads
     q_full, q_free, k_full, k_free, v_full, v_free, turns = flow
     mail, posted, taken = letters
@@ -89,6 +90,7 @@ def consume_masked(
     layout: gl.constexpr = accumulator(BLOCK_N)
     ADDED: gl.constexpr = mask_buffers.dtype.is_floating()
     query = matrix(q_buffers[0].index(GROUP), GROUP_ROWS, HEAD_DIM)
+    scale_log2 = scales[0]
     scale = scale_log2 * 0.6931471805599453
     turn = 0
     count = 0
@@ -98,13 +100,14 @@ def consume_masked(
         shift = (sk - sq) * bottom_right
         _, low, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, False)
         own = first + GROUP * GROUP_ROWS
-        left, right = full_blocks(own, GROUP_ROWS, sq, sk, shift, window, low, blocks, BLOCK_N)
+        left, right = full_blocks(own, GROUP_ROWS, sq, sk, shift, window, low, blocks, BLOCK_N, False)
+        bounds = row_bounds(own, shift, window, sk, BLOCK_N, False)
         row_max, row_sum = softmax.begin(BLOCK_N)
         acc = gl.zeros([GROUP_ROWS, HEAD_DIM_V], gl.float32, accumulator(HEAD_DIM_V))
         mbarrier.wait(q_full.index(GROUP), turn & 1)
         zero_unseen(
-            v_buffers, v_full, count, low + (blocks - 1) * BLOCK_N, sq + shift + window[1], sk,
-            BLOCK_N, HEAD_DIM_V, STAGES, VARLEN,
+            v_buffers, v_full, count, low + (blocks - 1) * BLOCK_N, low, seen_end(sq, sk, shift, window, False), sk,
+            BLOCK_N, HEAD_DIM_V, STAGES, VARLEN, False,
         )  # fmt: skip
         for i in range(blocks):
             block = blocks - 1 - i
@@ -123,7 +126,7 @@ def consume_masked(
                     scores = gl.where(bias != 0, scores, float("-inf"))
                 release(k_free.index(stage))
                 if (block < left) | (block >= right):
-                    scores = hide(scores, own + shift, window, sk, low + block * BLOCK_N, True)
+                    scores = hide(scores, bounds, low + block * BLOCK_N, False)
                 if ADDED:
                     weights, shrink, row_max, row_sum = softmax.step_biased(scores, row_max, row_sum)
                 else:
@@ -144,6 +147,7 @@ def consume_masked(
             row_max,
             row_sum,
             1.0 if ADDED else scale,
+            load_sink(sinks, head),
             operands(staging, GROUP, GROUP_ROWS, staged_columns(staging[0].type.shape[4], HEAD_DIM_V)),
             (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1]),
             (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1]),

@@ -14,7 +14,7 @@ MAX_REGISTERS = {2: 168, 3: 128}
 
 INTEGERS = (
     "has_cu_q has_cu_k has_used_q has_used_k sq sk bottom_right heads group tiles section units "
-    "window_left window_right mask_step_b mask_step_h "
+    "window_left window_right chunk chunk_magic chunk_shift sinks sink_kind mask_step_b mask_step_h "
     "out_stride_b out_stride_s out_stride_h lse_stride_b lse_stride_s lse_stride_h table_stride page_size boxes "
     "k_stride_p k_stride_s k_stride_h v_stride_p v_stride_s v_stride_h"
 ).split()
@@ -75,6 +75,11 @@ def prefill_kernel(
     units: gl.int32,
     window_left: gl.int32,
     window_right: gl.int32,
+    chunk: gl.int32,
+    chunk_magic: gl.uint32,
+    chunk_shift: gl.uint32,
+    sinks: gl.int64,
+    sink_kind: gl.int32,
     mask_step_b: gl.int32,
     mask_step_h: gl.int32,
     out_stride_b: gl.int64,
@@ -84,6 +89,7 @@ def prefill_kernel(
     lse_stride_s: gl.int64,
     lse_stride_h: gl.int64,
     scale_log2: gl.float32,
+    cap_factor: gl.float32,
     page_table,
     table_stride: gl.int64,
     page_size: gl.int32,
@@ -109,6 +115,7 @@ def prefill_kernel(
     MASKED: gl.constexpr,
     VARLEN: gl.constexpr,
     LEFT: gl.constexpr,
+    SOFTCAP: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
     FAR: gl.constexpr,
     GROUPS: gl.constexpr,
@@ -151,7 +158,7 @@ def prefill_kernel(
     pointers = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     lengths = (sq, sk, pointers, (has_cu_q, has_cu_k, has_used_q, has_used_k))
     shape = (heads, tiles, section, units)
-    window = (window_left, window_right)
+    window = (window_left, window_right, chunk, (chunk_magic, chunk_shift))
     letters = (mail, posted, taken)
     results = (Out, (out_stride_b, out_stride_s, out_stride_h))
     lses = (Lse, (lse_stride_b, lse_stride_s, lse_stride_h))
@@ -162,7 +169,18 @@ def prefill_kernel(
         lengths, bottom_right, shape, window, (mask_step_b, mask_step_h), total, group,
         (page_table, table_stride, page_size, boxes), tile_list,
     )  # fmt: skip
-    common = (reads, flow, letters, results, lses, lengths, bottom_right, window, scale_log2)
+    common = (
+        reads,
+        flow,
+        letters,
+        results,
+        lses,
+        lengths,
+        bottom_right,
+        window,
+        (scale_log2, cap_factor),
+        (sinks, sink_kind),
+    )
     if MASKED:
         gl.warp_specialize(
             [
@@ -227,6 +245,7 @@ def prefill_kernel(
                         SHARED,
                         VARLEN,
                         LEFT,
+                        SOFTCAP,
                         True,
                     ),
                 ),
@@ -244,6 +263,7 @@ def prefill_kernel(
                         SHARED,
                         VARLEN,
                         LEFT,
+                        SOFTCAP,
                         True,
                     ),
                 ),
@@ -257,11 +277,37 @@ def prefill_kernel(
             [
                 (
                     consume,
-                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                    (
+                        0,
+                        common,
+                        HEAD_DIM,
+                        HEAD_DIM_V,
+                        BLOCK_N,
+                        2,
+                        STAGES,
+                        COLUMNS,
+                        SHARED,
+                        VARLEN,
+                        LEFT,
+                        SOFTCAP,
+                    ),
                 ),
                 (
                     consume,
-                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                    (
+                        1,
+                        common,
+                        HEAD_DIM,
+                        HEAD_DIM_V,
+                        BLOCK_N,
+                        2,
+                        STAGES,
+                        COLUMNS,
+                        SHARED,
+                        VARLEN,
+                        LEFT,
+                        SOFTCAP,
+                    ),
                 ),
                 (produce, (fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
             ],
@@ -273,15 +319,54 @@ def prefill_kernel(
             [
                 (
                     consume,
-                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                    (
+                        0,
+                        common,
+                        HEAD_DIM,
+                        HEAD_DIM_V,
+                        BLOCK_N,
+                        3,
+                        STAGES,
+                        COLUMNS,
+                        SHARED,
+                        VARLEN,
+                        LEFT,
+                        SOFTCAP,
+                    ),
                 ),
                 (
                     consume,
-                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                    (
+                        1,
+                        common,
+                        HEAD_DIM,
+                        HEAD_DIM_V,
+                        BLOCK_N,
+                        3,
+                        STAGES,
+                        COLUMNS,
+                        SHARED,
+                        VARLEN,
+                        LEFT,
+                        SOFTCAP,
+                    ),
                 ),
                 (
                     consume,
-                    (2, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                    (
+                        2,
+                        common,
+                        HEAD_DIM,
+                        HEAD_DIM_V,
+                        BLOCK_N,
+                        3,
+                        STAGES,
+                        COLUMNS,
+                        SHARED,
+                        VARLEN,
+                        LEFT,
+                        SOFTCAP,
+                    ),
                 ),
                 (produce, (fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
             ],

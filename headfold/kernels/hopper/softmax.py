@@ -118,6 +118,29 @@ def step_biased(scores, row_max, row_sum):
 
 
 @gluon.jit
+def capped(scores, factor):
+    """tanh(y) / 2 - 1 / 2 for y = scores * factor / (2 log2 e), as -1 / (e^2y + 1).
+
+    A number less to add to each than tanh(y), and a softmax does not see it; `uncapped` gives it back to the maximum. As
+    precise as float32: tanh.approx is off by 2**-11, a score of 30 then by more than bfloat16 weights are.
+    """
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;",
+        "=f,f",
+        [-1.0 - gl.exp2(scores * factor)],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def uncapped(row_max):
+    """The maximum of `capped` scores as that of tanh(y) / 2."""
+    return row_max + 0.5
+
+
+@gluon.jit
 def finish(row_max, row_sum, scale):
     """(1 / row sum, LSE in natural log) for a maximum in units of 1 / scale; a row without a key: factor 0, LSE -inf."""
     total = gl.convert_layout(gl.sum(row_sum, 1), row_max.type.layout)
@@ -125,6 +148,19 @@ def finish(row_max, row_sum, scale):
     total = gl.where(empty, 1.0, total)
     lse = row_max * scale + gl.log2(total) * 0.6931471805599453
     return gl.where(empty, 0.0, 1.0 / total), gl.where(empty, float("-inf"), lse)
+
+
+@gluon.jit
+def with_sink(inverse, lse, sink):
+    """What `finish` gives, with one more logit that has no value; a row without a key then has the sink alone. -inf: none."""
+    LOG2_E: gl.constexpr = 1.4426950408889634
+    if sink > float("-inf"):
+        top = gl.maximum(lse, sink)
+        keys = gl.exp2((lse - top) * LOG2_E)
+        total = keys + gl.exp2((sink - top) * LOG2_E)
+        inverse = inverse * (keys / total)
+        lse = top + gl.log2(total) * 0.6931471805599453
+    return inverse, lse
 
 
 @gluon.jit

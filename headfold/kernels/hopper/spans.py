@@ -1,9 +1,13 @@
 """Tiles and keys: what a tile number means, and which keys its rows see."""
 
 from headfold.kernels.hopper.compat import gl, gluon
+from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator
+from headfold.kernels.parts.division import divide
 
 # Under a left window a tile's blocks begin at a multiple of so many keys: dense and paged calls cut keys alike.
 EDGE = gl.constexpr(16)
+# An open side of a window, and no chunk.
+OPEN = gl.constexpr(2**30)
 
 
 @gluon.jit
@@ -48,20 +52,42 @@ def find(number, place, shape, tile_list):
 
 
 @gluon.jit
-def row_keys(position, shift, window, sk):
-    """Half-open range of keys that a query position sees; scalars or tensors. Open sides come as 2**30."""
-    low = gl.maximum(position + shift - window[0], 0)
-    return low, gl.minimum(position + shift + window[1] + 1, sk)
+def row_keys(position, shift, window, sk, LEFT: gl.constexpr):
+    """Half-open range of keys that a query position sees; scalars or tensors.
+
+    `window` is (left, right, chunk, what divides by chunk); open sides, and no chunk, come as OPEN. Chunks are looked at
+    with LEFT alone. Both ends never decrease with the position.
+    """
+    left, right, chunk, by = window
+    low = gl.maximum(position + shift - left, 0)
+    high = gl.minimum(position + shift + right + 1, sk)
+    if LEFT:
+        at = position + shift
+        start = divide(gl.maximum(at, 0), by) * chunk
+        low = gl.maximum(low, start)
+        # A query before the first key has no chunk that a key could share.
+        high = gl.where((at < 0) & (chunk < OPEN), 0, gl.minimum(high, start + chunk))
+    return low, high
+
+
+@gluon.jit
+def seen_end(sq, sk, shift, window, LEFT: gl.constexpr):
+    """Where the keys end that the last query sees, or sk if that is less."""
+    if LEFT:
+        _, end = row_keys(sq - 1, shift, window, sk, LEFT)
+    else:
+        end = sq + shift + window[1]
+    return end
 
 
 @gluon.jit
 def tile_blocks(first, rows, sq, sk, shift, window, BLOCK_N: gl.constexpr, LEFT: gl.constexpr):
     """(first key that a tile of `rows` positions from `first` on sees, first key of its blocks, blocks, at least one).
 
-    Under a left window blocks begin at a multiple of 16 keys, as boxes of pages must.
+    With LEFT blocks begin at a multiple of 16 keys, as boxes of pages must.
     """
-    start, _ = row_keys(first, shift, window, sk)
-    _, high = row_keys(gl.minimum(first + rows, sq) - 1, shift, window, sk)
+    start, _ = row_keys(first, shift, window, sk, LEFT)
+    _, high = row_keys(gl.minimum(first + rows, sq) - 1, shift, window, sk, LEFT)
     low = start
     if LEFT:
         low = start & -EDGE
@@ -69,45 +95,64 @@ def tile_blocks(first, rows, sq, sk, shift, window, BLOCK_N: gl.constexpr, LEFT:
 
 
 @gluon.jit
-def seen_blocks(first, rows, sq, sk, shift, window, low, blocks, BLOCK_N: gl.constexpr):
+def seen_blocks(first, rows, sq, sk, shift, window, low, blocks, BLOCK_N: gl.constexpr, LEFT: gl.constexpr):
     """Blocks of the tile, at least one, behind which the `rows` positions from `first` on see nothing."""
-    _, high = row_keys(gl.minimum(first + rows, sq) - 1, shift, window, sk)
+    _, high = row_keys(gl.minimum(first + rows, sq) - 1, shift, window, sk, LEFT)
     high = gl.where(first < sq, high, low)
     return gl.minimum(gl.maximum(gl.cdiv(high - low, BLOCK_N), 1), blocks)
 
 
 @gluon.jit
-def full_blocks(first, rows, sq, sk, shift, window, low, blocks, BLOCK_N: gl.constexpr):
+def full_blocks(first, rows, sq, sk, shift, window, low, blocks, BLOCK_N: gl.constexpr, LEFT: gl.constexpr):
     """Blocks [left, right) of the tile that `rows` positions from `first` on see in full, 0 <= left <= right <= blocks."""
     last = gl.maximum(gl.minimum(first + rows, sq) - 1, 0)
-    _, full_high = row_keys(first, shift, window, sk)
-    full_low, _ = row_keys(last, shift, window, sk)
+    _, full_high = row_keys(first, shift, window, sk, LEFT)
+    full_low, _ = row_keys(last, shift, window, sk, LEFT)
     left = gl.minimum(gl.cdiv(gl.maximum(full_low - low, 0), BLOCK_N), blocks)
     right = gl.maximum(full_high - low, 0) // BLOCK_N
     return left, gl.minimum(gl.maximum(right, left), blocks)
 
 
 @gluon.jit
-def hide(scores, first, window, sk, key, LEFT: gl.constexpr):
-    """`scores` of the block from `key` on, -inf where a row does not see the key. Row i stands at key `first` + i.
+def row_bounds(first, shift, window, sk, BLOCK_N: gl.constexpr, LEFT: gl.constexpr):
+    """What `hide` needs to know of 64 positions from `first` on: with LEFT the first key that each sees and their end.
+
+    Those are two registers a row for the whole tile, and chunks cost a block nothing. Without LEFT, where a
+    comparison is all there is, scalars.
+    """
+    if LEFT:
+        position = first + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, accumulator(BLOCK_N)))
+        return row_keys(position, shift, window, sk, LEFT)
+    else:
+        return first + shift, window[1], sk
+
+
+@gluon.jit
+def hide(scores, bounds, key, LEFT: gl.constexpr):
+    """`scores` of the block from `key` on, -inf where a row does not see the key. `bounds` are `row_bounds`.
 
     A thread's columns are 8 i + 2 lane + j. Seen with a dimension for each, i is a constant that a comparison takes as
-    it is; column numbers would take 32 registers. Without LEFT the left side of the window is open.
+    it is; column numbers would take 32 registers. Without LEFT the left side is open.
     """
     ROWS: gl.constexpr = scores.shape[0]
     COLUMNS: gl.constexpr = scores.shape[1]
     view = scores.reshape([ROWS, COLUMNS // 8, 4, 2])
     layout: gl.constexpr = view.type.layout
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout))))
+    of_rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
     eight = gl.arange(0, COLUMNS // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout)))) * 8
     lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout)))) * 2
     pair = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))
     column = lane[None, None, :, None] + pair[None, None, None, :]
-    high = gl.minimum(row + (first + window[1] + 1 - key), sk - key)
-    seen = eight[None, :, None, None] < high[:, None, None, None] - column
     if LEFT:
-        low = row + (first - window[0] - key)
+        low = gl.convert_layout(bounds[0], of_rows) - key
+        high = gl.convert_layout(bounds[1], of_rows) - key
+        seen = eight[None, :, None, None] < high[:, None, None, None] - column
         seen = seen & (eight[None, :, None, None] >= low[:, None, None, None] - column)
+    else:
+        first, right, sk = bounds
+        row = gl.arange(0, ROWS, of_rows)
+        high = gl.minimum(row + (first + right + 1 - key), sk - key)
+        seen = eight[None, :, None, None] < high[:, None, None, None] - column
     view = gl.where(seen, view, float("-inf"))
     return gl.convert_layout(view.reshape([ROWS, COLUMNS]), scores.type.layout, assert_trivial=True)
 

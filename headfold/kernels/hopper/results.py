@@ -1,0 +1,68 @@
+"""What leaves a tile: 64 finished rows through shared memory, and their LSE."""
+
+from headfold.kernels.hopper import softmax
+from headfold.kernels.hopper.compat import gl, gluon
+from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, store_layout
+from headfold.kernels.hopper.products import scaled
+from headfold.kernels.parts.address import load_float
+
+
+@gluon.jit
+def load_sink(sinks, head):
+    """The sink of a query head, -inf where there are none. `sinks` are (address or 0, kind of the elements)."""
+    address, kind = sinks
+    given = address != 0
+    return gl.where(given, load_float(address, kind, head, given), float("-inf"))
+
+
+@gluon.jit
+def offset(base, strides, batch, row, head, UNIT: gl.constexpr):
+    """Where the rows of a sequence's head begin; strides are (batch, row, head) in units of UNIT elements."""
+    return base + (batch * strides[0] + row * strides[1] + head * strides[2]) * UNIT
+
+
+@gluon.jit
+def write(staged, base, stride, first, sq, COLUMNS: gl.constexpr):
+    """Write 64 rows of shared memory, as far as there are rows and COLUMNS."""
+    WIDTH: gl.constexpr = staged.shape[1]
+    layout: gl.constexpr = store_layout(WIDTH)
+    row = first + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    live = (row < sq)[:, None]
+    if COLUMNS < WIDTH:
+        live = live & (column < COLUMNS)[None, :]
+    offsets = row.to(gl.int64)[:, None] * (stride * 8) + column[None, :]
+    gl.store(base + offsets, staged.load(layout), mask=live)
+
+
+@gluon.jit
+def store(acc, row_max, row_sum, scale, sink, staging, Out, Lse, first, sq, COLUMNS: gl.constexpr):
+    """Finish 64 rows and write those that exist; COLUMNS of the accumulator's are the head dimension, the rest is padding.
+
+    `acc` are parts, and `staging` too. Wider rows than it has leave in two halves.
+    """
+    out_base, out_stride = Out
+    lse_base, lse_stride = Lse
+    inverse, lse = softmax.finish(row_max, row_sum, scale)
+    inverse, lse = softmax.with_sink(inverse, lse, sink)
+    acc = scaled(acc, inverse)
+    position = first + gl.arange(0, GROUP_ROWS, row_max.type.layout)
+    gl.store(lse_base + position.to(gl.int64) * lse_stride, lse, mask=position < sq)
+    FIRST: gl.constexpr = acc[0].shape[1]
+    WIDTH: gl.constexpr = staging[0].shape[1]
+    if len(acc) > 1:
+        staging[0].store(acc[0].to(staging[0].dtype))
+        staging[1].store(acc[1].to(staging[1].dtype))
+        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
+        write(staging[1], out_base + FIRST, out_stride, first, sq, COLUMNS - FIRST)
+    elif WIDTH == FIRST:
+        staging[0].store(acc[0].to(staging[0].dtype))
+        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
+    else:
+        left, right = acc[0].reshape([GROUP_ROWS, 2, WIDTH]).permute([0, 2, 1]).split()
+        left = gl.convert_layout(left, accumulator(WIDTH), assert_trivial=True)
+        right = gl.convert_layout(right, accumulator(WIDTH), assert_trivial=True)
+        staging[0].store(left.to(staging[0].dtype))
+        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
+        staging[0].store(right.to(staging[0].dtype))
+        write(staging[0], out_base + WIDTH, out_stride, first, sq, COLUMNS - WIDTH)
