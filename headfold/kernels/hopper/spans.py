@@ -62,11 +62,12 @@ def row_keys(position, shift, window, sk, LEFT: gl.constexpr):
     low = gl.maximum(position + shift - left, 0)
     high = gl.minimum(position + shift + right + 1, sk)
     if LEFT:
-        at = position + shift
-        start = divide(gl.maximum(at, 0), by) * chunk
-        low = gl.maximum(low, start)
-        # A query before the first key has no chunk that a key could share.
-        high = gl.where((at < 0) & (chunk < OPEN), 0, gl.minimum(high, start + chunk))
+        if chunk < OPEN:
+            at = position + shift
+            start = divide(gl.maximum(at, 0), by) * chunk
+            low = gl.maximum(low, start)
+            # A query before the first key has no chunk that a key could share.
+            high = gl.where(at < 0, 0, gl.minimum(high, start + chunk))
     return low, high
 
 

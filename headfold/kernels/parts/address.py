@@ -28,8 +28,8 @@ def aligned(stride, ALIGN: tl.constexpr):
 def times(n, stride, ALIGN: tl.constexpr):
     """n * stride (int64), for 0 <= n < 2**31, and with ALIGN > 1 for a stride that the host has found aligned.
 
-    Such strides are multiples of ALIGN below ALIGN * 2**32: a product of 32 bits by 32, one instruction instead of four. A
-    decode program has 32 of them before its first copy, and of all its time at 32:8 b1 s8192 a quarter lies before that.
+    Such strides are multiples of ALIGN below ALIGN * 2**32: a product of 32 bits by 32, half the instructions. A decode
+    program has 32 of them before its first copy, when no instruction is in a cache yet.
     """
     if ALIGN > 1:
         units = (stride.to(tl.uint64) // ALIGN).to(tl.uint32)
