@@ -7,9 +7,10 @@ from headfold.kernels.hopper.compat import (
     gl,
     gluon,
     mbarrier,
+    tma_store_wait,
     warpgroup_mma_wait,
 )
-from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, staged_columns, store_layout
+from headfold.kernels.hopper.layouts import GROUP_ROWS, first_part, staged_columns, store_layout
 from headfold.kernels.hopper.products import (
     issue_scores,
     issue_values,
@@ -18,6 +19,7 @@ from headfold.kernels.hopper.products import (
     scaled,
     wait_values,
 )
+from headfold.kernels.hopper.results import halves, offset, send, store, write_lse
 from headfold.kernels.hopper.schedule import pass_turn, receive, wait_turn
 from headfold.kernels.hopper.spans import EDGE, full_blocks, hide, seen_blocks, tile_blocks
 
@@ -205,58 +207,6 @@ def zero_front(values, rows):
 
 
 @gluon.jit
-def offset(base, strides, batch, row, head, UNIT: gl.constexpr):
-    """Where the rows of a sequence's head begin; strides are (batch, row, head) in units of UNIT elements."""
-    return base + (batch * strides[0] + row * strides[1] + head * strides[2]) * UNIT
-
-
-@gluon.jit
-def write(staged, base, stride, first, sq, COLUMNS: gl.constexpr):
-    """Write 64 rows of shared memory, as far as there are rows and COLUMNS."""
-    WIDTH: gl.constexpr = staged.shape[1]
-    layout: gl.constexpr = store_layout(WIDTH)
-    row = first + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
-    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    live = (row < sq)[:, None]
-    if COLUMNS < WIDTH:
-        live = live & (column < COLUMNS)[None, :]
-    offsets = row.to(gl.int64)[:, None] * (stride * 8) + column[None, :]
-    gl.store(base + offsets, staged.load(layout), mask=live)
-
-
-@gluon.jit
-def store(acc, row_max, row_sum, scale, staging, Out, Lse, first, sq, COLUMNS: gl.constexpr):
-    """Finish 64 rows and write those that exist; COLUMNS of the accumulator's are the head dimension, the rest is padding.
-
-    `acc` are parts, and `staging` too. Wider rows than it has leave in two halves.
-    """
-    out_base, out_stride = Out
-    lse_base, lse_stride = Lse
-    inverse, lse = softmax.finish(row_max, row_sum, scale)
-    acc = scaled(acc, inverse)
-    position = first + gl.arange(0, GROUP_ROWS, row_max.type.layout)
-    gl.store(lse_base + position.to(gl.int64) * lse_stride, lse, mask=position < sq)
-    FIRST: gl.constexpr = acc[0].shape[1]
-    WIDTH: gl.constexpr = staging[0].shape[1]
-    if len(acc) > 1:
-        staging[0].store(acc[0].to(staging[0].dtype))
-        staging[1].store(acc[1].to(staging[1].dtype))
-        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
-        write(staging[1], out_base + FIRST, out_stride, first, sq, COLUMNS - FIRST)
-    elif WIDTH == FIRST:
-        staging[0].store(acc[0].to(staging[0].dtype))
-        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
-    else:
-        left, right = acc[0].reshape([GROUP_ROWS, 2, WIDTH]).permute([0, 2, 1]).split()
-        left = gl.convert_layout(left, accumulator(WIDTH), assert_trivial=True)
-        right = gl.convert_layout(right, accumulator(WIDTH), assert_trivial=True)
-        staging[0].store(left.to(staging[0].dtype))
-        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
-        staging[0].store(right.to(staging[0].dtype))
-        write(staging[0], out_base + WIDTH, out_stride, first, sq, COLUMNS - WIDTH)
-
-
-@gluon.jit
 def own_spans(
     letter, bottom_right, window, GROUP: gl.constexpr, GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, LEFT: gl.constexpr
 ):  # fmt: skip
@@ -294,7 +244,7 @@ def consume(
 
     COPIED: rows before the first key that a tile sees come as zeros.
     """
-    reads, bars, letters, Out, Lse, lengths, bottom_right, window, scale_log2 = common
+    reads, bars, letters, out_desc, Out, Lse, lengths, bottom_right, window, scale_log2 = common
     q_buffers, k_buffers, v_buffers, staging = reads
     q_full, q_free, k_full, k_free, v_full, v_free, turns = bars
     mail, posted, taken = letters
@@ -305,6 +255,9 @@ def consume(
     Q_STAGES: gl.constexpr = q_buffers[0].type.shape[0] // GROUPS
     VALUES: gl.constexpr = v_buffers[0].type.shape[0]
     EARLY: gl.constexpr = Q_STAGES == 1 and not SHARED
+    SENT: gl.constexpr = out_desc is not None
+    STAGED: gl.constexpr = staging[0].type.shape[4]
+    IN_HALVES: gl.constexpr = SENT and STAGED < first_part(HEAD_DIM_V)
     turn = 0
     count = 0
     letter = receive(turn, lengths, mail, posted, taken, VARLEN)
@@ -366,21 +319,41 @@ def consume(
                 zero_front(values, start - low)
         acc = issue_values(softmax.unpack(words, query[0].dtype), values, acc)
         turn += 1
-        letter = receive(turn, lengths, mail, posted, taken, VARLEN)
-        spans = own_spans(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, LEFT)
+        if not IN_HALVES:
+            letter = receive(turn, lengths, mail, posted, taken, VARLEN)
+            spans = own_spans(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, LEFT)
         acc = wait_values(acc)
         mbarrier.arrive(v_free.index(older), count=1)
-        store(
-            acc,
-            row_max,
-            row_sum,
-            scale_log2 * 0.6931471805599453,
-            operands(staging, GROUP, GROUP_ROWS, staged_columns(staging[0].type.shape[4], HEAD_DIM_V)),
-            (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1]),
-            (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1]),
-            own,
-            sq,
-            COLUMNS,
-        )
+        scale = scale_log2 * 0.6931471805599453
+        lse_out = (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1])
+        if SENT:
+            inverse, lse = softmax.finish(row_max, row_sum, scale)
+            acc = scaled(acc, inverse)
+            if IN_HALVES:
+                first_half, second_half = halves(acc[0], STAGED)
+                send((first_half,), staging, GROUP, out_desc, q_batch, head, own, 0, STAGED)
+                # The copy engine reads the first half meanwhile.
+                letter = receive(turn, lengths, mail, posted, taken, VARLEN)
+                spans = own_spans(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, LEFT)
+                write_lse(lse, lse_out, own, sq)
+                send((second_half,), staging, GROUP, out_desc, q_batch, head, own, STAGED, STAGED)
+            else:
+                send(acc, staging, GROUP, out_desc, q_batch, head, own, 0, HEAD_DIM_V)
+                write_lse(lse, lse_out, own, sq)
+        else:
+            store(
+                acc,
+                row_max,
+                row_sum,
+                scale,
+                operands(staging, GROUP, GROUP_ROWS, staged_columns(STAGED, HEAD_DIM_V)),
+                (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1]),
+                lse_out,
+                own,
+                sq,
+                COLUMNS,
+            )
         if SHARED:
             release(q_done)
+    if SENT:
+        tma_store_wait(0)  # shared memory is another program's afterwards

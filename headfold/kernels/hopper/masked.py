@@ -8,7 +8,7 @@ from headfold.kernels.hopper.compat import (
     view_as,
     warpgroup_mma,
 )
-from headfold.kernels.hopper.consumer import offset, release, store, zero_unseen
+from headfold.kernels.hopper.consumer import release, zero_unseen
 from headfold.kernels.hopper.layouts import (
     GROUP_ROWS,
     accumulator,
@@ -17,6 +17,7 @@ from headfold.kernels.hopper.layouts import (
     weights_layout,
 )
 from headfold.kernels.hopper.products import matrix, operands
+from headfold.kernels.hopper.results import offset, store
 from headfold.kernels.hopper.schedule import receive
 from headfold.kernels.hopper.spans import full_blocks, hide, tile_blocks
 
@@ -80,7 +81,7 @@ def consume_masked(
     VARLEN: gl.constexpr,
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces."""
-    reads, flow, letters, Out, Lse, lengths, bottom_right, window, scale_log2 = common
+    reads, flow, letters, _, Out, Lse, lengths, bottom_right, window, scale_log2 = common
     q_buffers, k_buffers, v_buffers, staging = reads
     q_full, q_free, k_full, k_free, v_full, v_free, turns = flow
     mail, posted, taken = letters

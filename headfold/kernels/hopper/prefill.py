@@ -55,6 +55,7 @@ def prefill_kernel(
     k_desc,
     v_desc,
     mask_desc,
+    out_desc,
     Out,
     Lse,
     cu_seqlens_q,
@@ -162,7 +163,7 @@ def prefill_kernel(
         lengths, bottom_right, shape, window, (mask_step_b, mask_step_h), total, group,
         (page_table, table_stride, page_size, boxes), tile_list,
     )  # fmt: skip
-    common = (reads, flow, letters, results, lses, lengths, bottom_right, window, scale_log2)
+    common = (reads, flow, letters, out_desc, results, lses, lengths, bottom_right, window, scale_log2)
     if MASKED:
         gl.warp_specialize(
             [

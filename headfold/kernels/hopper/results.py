@@ -1,0 +1,99 @@
+"""How a consumer's 64 rows leave: by the copy engine, or in pieces of 16 bytes where only some of them may be written."""
+
+from headfold.kernels.hopper import softmax
+from headfold.kernels.hopper.compat import (
+    barrier,
+    fence_async_shared,
+    gl,
+    gluon,
+    tma_store,
+    tma_store_wait,
+)
+from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, store_layout
+from headfold.kernels.hopper.products import boxes_of, operands, scaled
+
+
+@gluon.jit
+def offset(base, strides, batch, row, head, UNIT: gl.constexpr):
+    """Where the rows of a sequence's head begin; strides are (batch, row, head) in units of UNIT elements."""
+    return base + (batch * strides[0] + row * strides[1] + head * strides[2]) * UNIT
+
+
+@gluon.jit
+def write(staged, base, stride, first, sq, COLUMNS: gl.constexpr):
+    """Write 64 rows of shared memory, as far as there are rows and COLUMNS."""
+    WIDTH: gl.constexpr = staged.shape[1]
+    layout: gl.constexpr = store_layout(WIDTH)
+    row = first + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    live = (row < sq)[:, None]
+    if COLUMNS < WIDTH:
+        live = live & (column < COLUMNS)[None, :]
+    offsets = row.to(gl.int64)[:, None] * (stride * 8) + column[None, :]
+    gl.store(base + offsets, staged.load(layout), mask=live)
+
+
+@gluon.jit
+def write_lse(lse, Lse, first, sq):
+    """Write the LSE of 64 rows, as far as there are rows."""
+    base, stride = Lse
+    position = first + gl.arange(0, GROUP_ROWS, lse.type.layout)
+    gl.store(base + position.to(gl.int64) * stride, lse, mask=position < sq)
+
+
+@gluon.jit
+def halves(acc, WIDTH: gl.constexpr):
+    """The left and the right WIDTH columns of an accumulator of twice as many."""
+    left, right = acc.reshape([GROUP_ROWS, 2, WIDTH]).permute([0, 2, 1]).split()
+    left = gl.convert_layout(left, accumulator(WIDTH), assert_trivial=True)
+    return left, gl.convert_layout(right, accumulator(WIDTH), assert_trivial=True)
+
+
+@gluon.jit
+def store(acc, row_max, row_sum, scale, staging, Out, Lse, first, sq, COLUMNS: gl.constexpr):
+    """Finish 64 rows and write those that exist; COLUMNS of the accumulator's are the head dimension, the rest is padding.
+
+    `acc` are parts, and `staging` too. Wider rows than it has leave in two halves.
+    """
+    out_base, out_stride = Out
+    inverse, lse = softmax.finish(row_max, row_sum, scale)
+    acc = scaled(acc, inverse)
+    write_lse(lse, Lse, first, sq)
+    FIRST: gl.constexpr = acc[0].shape[1]
+    WIDTH: gl.constexpr = staging[0].shape[1]
+    if len(acc) > 1:
+        staging[0].store(acc[0].to(staging[0].dtype))
+        staging[1].store(acc[1].to(staging[1].dtype))
+        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
+        write(staging[1], out_base + FIRST, out_stride, first, sq, COLUMNS - FIRST)
+    elif WIDTH == FIRST:
+        staging[0].store(acc[0].to(staging[0].dtype))
+        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
+    else:
+        left, right = halves(acc[0], WIDTH)
+        staging[0].store(left.to(staging[0].dtype))
+        write(staging[0], out_base, out_stride, first, sq, COLUMNS)
+        staging[0].store(right.to(staging[0].dtype))
+        write(staging[0], out_base + WIDTH, out_stride, first, sq, COLUMNS - WIDTH)
+
+
+@gluon.jit
+def send(acc, buffers, index, desc, batch, head, row, column, COLUMNS: gl.constexpr):
+    """Have the copy engine store COLUMNS columns of 64 finished rows, once it has read what buffer `index` held before.
+
+    It leaves out rows and columns that the tensor does not have. The consumer goes on while it reads.
+    """
+    FIRST: gl.constexpr = buffers[0].type.shape[4]
+    WIDTH: gl.constexpr = desc.block_type.shape[3]
+    PARTS: gl.constexpr = FIRST // WIDTH
+    views = operands(buffers, index, GROUP_ROWS, COLUMNS)
+    tma_store_wait(0)
+    for i in gl.static_range(len(acc)):
+        views[i].store(acc[i].to(desc.dtype))
+    fence_async_shared()
+    barrier()
+    slots = boxes_of(buffers[0], GROUP_ROWS, WIDTH)
+    for c in gl.static_range(PARTS):
+        tma_store(desc, [batch, head, row, column + c * WIDTH], slots.index(index * PARTS + c))
+    if len(acc) > 1:
+        tma_store(desc, [batch, head, row, column + FIRST], buffers[1].index(index))
