@@ -93,7 +93,9 @@ def tma_load(
 class Sent:
     """A box on its way to global memory: an event that reads shared memory first, and writes some time after that."""
 
-    def __init__(self, descriptor: Descriptor, corner: list[int], source: Shared, stored: dict[int, Any]) -> None:
+    def __init__(
+        self, descriptor: Descriptor, corner: list[int], source: Shared, stored: dict[int, Any]
+    ) -> None:
         self._descriptor, self._corner, self._source, self._stored = descriptor, corner, source, stored
         self._box: torch.Tensor | None = None
 

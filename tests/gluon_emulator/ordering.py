@@ -1,9 +1,10 @@
 """Which accesses to shared memory are ordered by barriers: a race is found in any schedule, not only where it bites.
 
 Every thread has a vector clock. Arriving at an mbarrier passes it on, waiting takes it over (FastTrack, Flanagan and
-Freund 2009). A copy may write from the moment it is issued until its barrier counts its bytes, an asynchronous product
-may read until the wait for it, and so may a box that is sent to global memory; a piece may be written until the wait for
-its group. A store collides with a product or a box that is sent only where it changes bytes. Ordinary loads and stores that meet each other are judged by their results alone.
+Freund 2009). A copy may write from the moment it is issued until its barrier counts its bytes. An asynchronous product may
+read until the wait for it, and so may a box that is sent to global memory; a piece may be written until the wait for its
+group. A store collides with a product or a box that is sent only where it changes bytes. Ordinary loads and stores that
+meet each other are judged by their results alone.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class History:
 
     @staticmethod
     def _conflict(kind: str, earlier: str) -> bool:
-        return bool({"copy", "piece"} & {kind, earlier}) or (kind == "store" and earlier in ("product", "send"))
+        return bool({"copy", "piece"} & {kind, earlier}) or (
+            kind == "store" and earlier in ("product", "send")
+        )
 
     def add(self, access: Access) -> Access:
         if access.kind in (

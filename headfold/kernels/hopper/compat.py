@@ -1,8 +1,8 @@
 """Gluon under one set of names for Triton 3.6 to 3.9.
 
 3.9 renamed what this kernel uses: `async_copy_global_to_shared` of `tma` and `async_copy` is `async_load`,
-`tma.async_copy_shared_to_global` is `tma.async_store`, `gl.thread_barrier` (3.6) is `gl.barrier`, and a shared-memory view's `_reinterpret` is `reinterpret`. The old names raise
-there.
+`tma.async_copy_shared_to_global` is `tma.async_store`, `gl.thread_barrier` (3.6) is `gl.barrier`, and a shared-memory view's
+`_reinterpret` is `reinterpret`. The old names raise there.
 """
 
 from triton.experimental import gluon as gluon
