@@ -127,8 +127,8 @@ def compiled_decode(x: Inputs) -> tuple[Plan, Any]:
 
 def block_loop_spills(kernel: Any, decode: bool = False) -> int:
     """Local loads and stores in the loops over blocks: the innermost ones that hold products, and those that hold some
-    of the copies but not all, as the prefill producer's loop over tiles does; where the producer fetches nothing outside
-    its loop over blocks, as a decode's, the innermost one that holds all copies."""
+    of the copies but not all, as the prefill producer's loop over tiles does; of a decode, whose producer fetches nothing
+    else, the innermost one that holds all copies."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -151,7 +151,7 @@ def block_loop_spills(kernel: Any, decode: bool = False) -> int:
     ]
     held = {(a, b): sum(a <= c <= b for c in copies) for a, b in loops}
     fetching = [loop for loop, n in held.items() if 0 < n < len(copies)]
-    if decode or not fetching:
+    if decode:
         fetching = [min((loop for loop, n in held.items() if n == len(copies)), key=lambda ab: ab[1] - ab[0])]
     assert inner
     assert fetching

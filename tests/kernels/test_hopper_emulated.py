@@ -321,18 +321,6 @@ def copies_of(monkeypatch: pytest.MonkeyPatch, x: Inputs) -> list[tuple[str, lis
     return copies
 
 
-@pytest.mark.parametrize(("d", "first"), [(256, "kqqkv"), (128, "qqkkv")])
-def test_blocks_come_in_the_order_in_which_consumers_take_them(
-    monkeypatch: pytest.MonkeyPatch, d: int, first: str
-) -> None:
-    """Keys, then the values of the block before; where queries have one buffer they come behind the first keys."""
-    copies = copies_of(monkeypatch, Inputs(rand(1, 100, 1, d), rand(1, 512, 1, d), rand(1, 512, 1, d)))
-    fetched = "".join(name for name, _ in copies if name != "out")
-    assert fetched == first + "kv" * (fetched.count("k") - 2) + "v"
-    rows = {name: [corner[2] for one, corner in copies if one == name] for name in "kv"}
-    assert rows["k"] == rows["v"] == sorted(rows["k"], reverse=True)
-
-
 @pytest.mark.parametrize(("d", "boxes"), [(64, 1), (192, 3), (256, 2)])
 def test_results_leave_by_the_copy_engine_where_all_rows_are_the_tensors(
     monkeypatch: pytest.MonkeyPatch, d: int, boxes: int

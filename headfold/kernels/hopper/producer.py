@@ -68,21 +68,6 @@ def fetch_pages(
 
 
 @gluon.jit
-def fetch_queries(queries, batch, head, row, turn, GROUPS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Issue the queries of the tile from `row` on, once its consumers have handed back those that lay there."""
-    desc, buffers, full, free = queries
-    ROWS: gl.constexpr = buffers[0].type.shape[3]
-    Q_STAGES: gl.constexpr = buffers[0].type.shape[0] // GROUPS
-    BITS: gl.constexpr = desc.dtype.primitive_bitwidth
-    ROW_BYTES: gl.constexpr = columns_in_memory(COLUMNS, BITS) * BITS // 8
-    for c in gl.static_range(GROUPS):
-        slot = turn % Q_STAGES * GROUPS + c
-        mbarrier.wait(free.index(slot), ((turn // Q_STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(slot), ROWS * ROW_BYTES)
-        fetch_rows(desc, batch, head, row + c * ROWS, full.index(slot), buffers, slot, COLUMNS)
-
-
-@gluon.jit
 def produce(
     common,
     HEAD_DIM: gl.constexpr,
@@ -121,8 +106,6 @@ def produce(
     BITS: gl.constexpr = k_desc.dtype.primitive_bitwidth
     ROW_BYTES: gl.constexpr = columns_in_memory(HEAD_DIM, BITS) * BITS // 8
     ROW_BYTES_V: gl.constexpr = columns_in_memory(HEAD_DIM_V, BITS) * BITS // 8
-    # Consumers take a block's keys before the values of the block before, but for masks and where three lack registers.
-    AHEAD: gl.constexpr = PAGE_ROWS == 0 and not MASKED and (GROUPS == 2 or HEAD_DIM_V <= 64)
     programs = gl.num_programs(0)
     number = gl.program_id(0)
     turn = 0
@@ -142,81 +125,57 @@ def produce(
         shift = (sk - sq) * bottom_right
         _, low, blocks = tile_blocks(first, ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, LEFT)
         kv_head = head // group
-        queries = (q_desc, q_buffers, q_full, q_free)
-        if not AHEAD:
-            fetch_queries(queries, q_batch, head, q_first + first, turn, GROUPS, HEAD_DIM)
-            for i in range(blocks):
-                # The answer takes a microsecond, and the buffers are full.
-                if i == gl.minimum(blocks - 1, STAGES):
-                    following = take(counter, programs)
-                key = low + (blocks - 1 - i) * BLOCK_N
-                stage = count % STAGES
-                phase = ((count // STAGES) & 1) ^ 1
-                if PAGE_ROWS > 0:  # before the wait, which takes longer
-                    where = look_up(pages, entry, key, sk, BLOCK_N, PAGE_ROWS)
-                mbarrier.wait(k_free.index(stage), phase)
-                if MASKED:
-                    mbarrier.expect(
-                        k_full.index(stage), k_desc.block_type.nbytes + GROUPS * mask_desc.block_type.nbytes
+        for c in gl.static_range(GROUPS):
+            slot = turn % Q_STAGES * GROUPS + c
+            row = q_first + first + c * ROWS
+            mbarrier.wait(q_free.index(slot), ((turn // Q_STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(slot), ROWS * ROW_BYTES)
+            fetch_rows(q_desc, q_batch, head, row, q_full.index(slot), q_buffers, slot, HEAD_DIM)
+        for i in range(blocks):
+            if i == gl.minimum(
+                blocks - 1, STAGES
+            ):  # the answer takes a microsecond, and the buffers are full
+                following = take(counter, programs)
+            key = low + (blocks - 1 - i) * BLOCK_N
+            stage = count % STAGES
+            phase = ((count // STAGES) & 1) ^ 1
+            if PAGE_ROWS > 0:  # before the wait, which takes longer
+                where = look_up(pages, entry, key, sk, BLOCK_N, PAGE_ROWS)
+            mbarrier.wait(k_free.index(stage), phase)
+            if MASKED:
+                mbarrier.expect(
+                    k_full.index(stage), k_desc.block_type.nbytes + GROUPS * mask_desc.block_type.nbytes
+                )
+                for c in gl.static_range(GROUPS):
+                    tma_load(
+                        mask_desc,
+                        [q_batch * mask_steps[0], head * mask_steps[1], first + c * ROWS, key],
+                        k_full.index(stage),
+                        mask_buffers.index(stage * GROUPS + c),
                     )
-                    for c in gl.static_range(GROUPS):
-                        tma_load(
-                            mask_desc,
-                            [q_batch * mask_steps[0], head * mask_steps[1], first + c * ROWS, key],
-                            k_full.index(stage),
-                            mask_buffers.index(stage * GROUPS + c),
-                        )
-                else:
-                    mbarrier.expect(k_full.index(stage), BLOCK_N * ROW_BYTES)
-                if PAGE_ROWS > 0:
-                    fetch_pages(
-                        k_desc, where, kv_head, pages[2], pages[3], k_full.index(stage), k_buffers, stage,
-                        BLOCK_N, HEAD_DIM,
-                    )  # fmt: skip
-                else:
-                    fetch_rows(
-                        k_desc, k_batch, kv_head, k_first + key, k_full.index(stage), k_buffers, stage,
-                        HEAD_DIM,
-                    )  # fmt: skip
-                mbarrier.wait(v_free.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), BLOCK_N * ROW_BYTES_V)
-                if PAGE_ROWS > 0:
-                    fetch_pages(
-                        v_desc, where, kv_head, pages[2], pages[3], v_full.index(stage), v_buffers, stage,
-                        BLOCK_N, HEAD_DIM_V,
-                    )  # fmt: skip
-                else:
-                    fetch_rows(
-                        v_desc, k_batch, kv_head, k_first + key, v_full.index(stage), v_buffers, stage,
-                        HEAD_DIM_V,
-                    )  # fmt: skip
-                count += 1
-        else:
-            # As the consumers take them, and hand their buffers back: a block's keys, then the values of the block before.
-            if Q_STAGES > 1:
-                fetch_queries(queries, q_batch, head, q_first + first, turn, GROUPS, HEAD_DIM)
-            for i in range(blocks + 1):
-                if i == gl.minimum(blocks, STAGES):
-                    following = take(counter, programs)
-                row = k_first + low + (blocks - 1 - i) * BLOCK_N
-                if i < blocks:
-                    stage = count % STAGES
-                    mbarrier.wait(k_free.index(stage), ((count // STAGES) & 1) ^ 1)
-                    mbarrier.expect(k_full.index(stage), BLOCK_N * ROW_BYTES)
-                    fetch_rows(k_desc, k_batch, kv_head, row, k_full.index(stage), k_buffers, stage, HEAD_DIM)
-                if i == 0:
-                    if Q_STAGES == 1:  # their buffers are handed back later than the keys'
-                        fetch_queries(queries, q_batch, head, q_first + first, turn, GROUPS, HEAD_DIM)
-                else:
-                    older = (count - 1) % STAGES
-                    mbarrier.wait(v_free.index(older), (((count - 1) // STAGES) & 1) ^ 1)
-                    mbarrier.expect(v_full.index(older), BLOCK_N * ROW_BYTES_V)
-                    fetch_rows(
-                        v_desc, k_batch, kv_head, row + BLOCK_N, v_full.index(older), v_buffers, older,
-                        HEAD_DIM_V,
-                    )  # fmt: skip
-                count += 1
-            count -= 1
+            else:
+                mbarrier.expect(k_full.index(stage), BLOCK_N * ROW_BYTES)
+            if PAGE_ROWS > 0:
+                fetch_pages(
+                    k_desc, where, kv_head, pages[2], pages[3], k_full.index(stage), k_buffers, stage, BLOCK_N,
+                    HEAD_DIM,
+                )  # fmt: skip
+            else:
+                fetch_rows(
+                    k_desc, k_batch, kv_head, k_first + key, k_full.index(stage), k_buffers, stage, HEAD_DIM
+                )
+            mbarrier.wait(v_free.index(stage), phase)
+            mbarrier.expect(v_full.index(stage), BLOCK_N * ROW_BYTES_V)
+            if PAGE_ROWS > 0:
+                fetch_pages(
+                    v_desc, where, kv_head, pages[2], pages[3], v_full.index(stage), v_buffers, stage, BLOCK_N,
+                    HEAD_DIM_V,
+                )  # fmt: skip
+            else:
+                fetch_rows(
+                    v_desc, k_batch, kv_head, k_first + key, v_full.index(stage), v_buffers, stage, HEAD_DIM_V
+                )
+            count += 1
         turn += 1
         number = following
     publish(-1, (0, 0, 0, 0), (0, 0, 0), turn, mail, posted, taken, VARLEN)
