@@ -101,6 +101,7 @@ def launch_arguments(
         None if copied else boxes(k, rows_of_box, piece if plan.page_rows else width),
         None if copied else boxes(v, rows_of_box, piece if plan.page_rows else width_v),
         mask,
+        boxes(by_head(out), rows, _box_columns(plan, piece)) if _sent(plan, x) else None,
         out,
         lse,
         *(_any(t, (*lengths, tile_list)) for t in lengths),
@@ -151,6 +152,23 @@ def launch_arguments(
         "enable_fp_fusion": True,  # Triton's default up to 3.9
     }
     return arguments, variant
+
+
+def _sent(plan: Plan, x: Inputs) -> bool:
+    """Whether results leave through the copy engine.
+
+    It leaves out what lies outside a tensor, not the next sequence of a ragged one. Beside masks, and where blocks of 128
+    keys are wider than 128, results lie where the queries do, which cannot wait for it.
+    """
+    lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_q, x.seqused_k)
+    short = sum(plan.d_parts) > 128 and plan.block_n > 64
+    return not short and x.mask is None and all(t is None for t in lengths)
+
+
+def _box_columns(plan: Plan, piece: int) -> int:
+    """Columns of a box of results: those that are staged in one piece."""
+    first, rest = plan.dv_parts
+    return piece if rest else min(first, 128)
 
 
 def by_head(t: torch.Tensor) -> torch.Tensor:

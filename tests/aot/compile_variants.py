@@ -31,7 +31,7 @@ from tests.aot.variants import BATCH, DEVICE_OF, DTYPES, Variant, variants
 # Kernels that are launched beside another, and the form of the variants that show them.
 BESIDE = {"merge_kernel": "fixup", "mask_blocks_kernel": "blocks"}
 PRODUCTS = ("HGMMA", "HMMA", "UTCHMMA")
-INSTRUCTIONS = (*PRODUCTS, "LDGSTS", "UTMALDG", "MUFU", "FFMA", "FMUL", "LDG", "STG", "STL", "LDL")
+INSTRUCTIONS = (*PRODUCTS, "LDGSTS", "UTMALDG", "UTMASTG", "MUFU", "FFMA", "FMUL", "LDG", "STG", "STL", "LDL")
 
 
 class TargetOnly:

@@ -56,6 +56,12 @@ def test_blocks_come_through_the_copy_engine(report: Report) -> None:
     assert all(r["utmaldg"] > 0 for r in report.values())
 
 
+def test_results_of_dense_calls_leave_through_the_copy_engine(report: Report) -> None:
+    """But for blocks of 128 keys beside wide heads, whose results lie where the queries did."""
+    dense = {n for n in report if re.search(r"^d\S+ (\S+ )?(dense|long|left window)$", n)}
+    assert {n for n, r in report.items() if r["utmastg"]} == dense - {"d192/128 dense", "d192/80 dense"}
+
+
 def test_small_pages_come_in_pieces_of_16_bytes(report: Report) -> None:
     copied = {n for n, r in report.items() if r["ldgsts"]}
     assert copied == {n for n in report if re.search(r"^d.* pages of 1(,|$)", n)}

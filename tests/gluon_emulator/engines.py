@@ -10,7 +10,7 @@ import torch
 from triton.experimental.gluon import language as gl
 
 from tests.gluon_emulator import barriers
-from tests.gluon_emulator.ordering import Access
+from tests.gluon_emulator.ordering import Access, join
 from tests.gluon_emulator.scheduler import current
 from tests.gluon_emulator.shared import Shared
 from tests.gluon_emulator.values import GLUON, Tensor, number
@@ -31,17 +31,33 @@ class Descriptor:
         size = torch.Size(self.block_shape).numel() * host.base.element_size()
         self.block_type = SimpleNamespace(nbytes=size, shape=self.block_shape, element_ty=self.dtype)
 
-    def box(self, corner: list[int]) -> torch.Tensor:
-        """The box that begins at `corner`; what lies outside the tensor is 0."""
-        found = torch.zeros(self.block_shape, dtype=self.base.dtype)
-        source, target = [], []
+    def inside(self, corner: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """What of the box that begins at `corner` lies inside the tensor: where in the tensor, and where in the box."""
+        of_tensor, of_box = [], []
         for first, extent, size in zip(corner, self.block_shape, self.sizes, strict=True):
             low = min(max(first, 0), size)
             high = max(min(first + extent, size), low)
-            source.append(slice(low, high))
-            target.append(slice(low - first, high - first) if high > low else slice(0, 0))
-        found[tuple(target)] = self.view[tuple(source)]
+            of_tensor.append(slice(low, high))
+            of_box.append(slice(low - first, high - first) if high > low else slice(0, 0))
+        return tuple(of_tensor), tuple(of_box)
+
+    def box(self, corner: list[int]) -> torch.Tensor:
+        """The box that begins at `corner`; what lies outside the tensor is 0."""
+        found = torch.zeros(self.block_shape, dtype=self.base.dtype)
+        of_tensor, of_box = self.inside(corner)
+        found[of_box] = self.view[of_tensor]
         return found
+
+    def corner_of(self, corner: list[Any], memory: Shared) -> list[int]:
+        """Where a copy's box begins, after a look at whether the engine can copy it from or to `memory`."""
+        first = [int(number(n)) for n in corner]
+        if memory.shape != self.block_shape or memory.dtype != self.dtype:
+            raise ValueError(f"a box {self.block_shape} of {self.dtype} copied into {memory!r}")
+        if memory.layout != self.layout:
+            raise ValueError(f"a box of layout {self.layout} copied into {memory.layout}")
+        if first[-1] * self.base.element_size() % 16:
+            raise ValueError(f"a box at column {first[-1]}: it must begin at a multiple of 16 bytes")
+        return first
 
 
 def tma_load(
@@ -52,13 +68,7 @@ def tma_load(
     thread.step()
     if not pred:
         return
-    first = [int(number(n)) for n in corner]
-    if result.shape != descriptor.block_shape or result.dtype != descriptor.dtype:
-        raise ValueError(f"a box {descriptor.block_shape} of {descriptor.dtype} copied into {result!r}")
-    if result.layout != descriptor.layout:
-        raise ValueError(f"a box of layout {descriptor.layout} copied into {result.layout}")
-    if first[-1] * descriptor.base.element_size() % 16:
-        raise ValueError(f"a box at column {first[-1]}: it must begin at a multiple of 16 bytes")
+    first = descriptor.corner_of(corner, result)
     one = barriers.of(bar)
     low, high = result.interval()
     result.history.meet("copy", low, high, thread.clock, thread.name)
@@ -78,6 +88,59 @@ def tma_load(
         return True
 
     thread.scheduler.events.append(event)
+
+
+class Sent:
+    """A box on its way to global memory: an event that reads shared memory first, and writes some time after that."""
+
+    def __init__(
+        self, descriptor: Descriptor, corner: list[int], source: Shared, stored: dict[int, Any]
+    ) -> None:
+        self._descriptor, self._corner, self._source, self._stored = descriptor, corner, source, stored
+        self._box: torch.Tensor | None = None
+
+    def read(self) -> None:
+        if self._box is None:
+            self._box = self._source.read()
+
+    def __call__(self) -> bool:
+        if self._box is None:
+            self.read()
+            return False
+        of_tensor, of_box = self._descriptor.inside(self._corner)
+        view = self._descriptor.view
+        view[of_tensor] = self._box[of_box]
+        stored = self._stored.get(view.untyped_storage().data_ptr())
+        if stored is not None:
+            part = stored.as_strided(view.shape, view.stride(), view.storage_offset())[of_tensor]
+            if bool(part.any()):
+                raise RuntimeError(f"a box at {self._corner}: an element is stored twice")
+            part[...] = True
+        return True
+
+
+def tma_store(descriptor: Descriptor, corner: list[Any], source: Shared) -> None:
+    """Issue the copy of a box to global memory, a group of its own, which leaves out what lies outside the tensor."""
+    thread = current()
+    thread.step()
+    first = descriptor.corner_of(corner, source)
+    low, high = source.interval()
+    source.history.meet("send", low, high, thread.clock, thread.name)
+    thread.copies += 1
+    access = source.history.add(Access("send", low, high, f"the engine for {thread.name}", thread.copies))
+    event = Sent(descriptor, first, source, thread.program.stored)
+    thread.sent.append((event, access))
+    thread.scheduler.events.append(event)
+
+
+def tma_store_wait(pendings: int) -> None:
+    """Until all boxes but the last `pendings` have been read from shared memory; they may not be there yet."""
+    thread = current()
+    thread.step()
+    while len(thread.sent) > pendings:
+        event, access = thread.sent.pop(0)
+        event.read()
+        join(thread.clock, {access.actor: access.epoch})
 
 
 class Product:

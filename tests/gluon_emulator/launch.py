@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tests.gluon_emulator.engines import Sent
 from tests.gluon_emulator.language import argument
 from tests.gluon_emulator.rewrite import Function, emulated
 from tests.gluon_emulator.scheduler import Scheduler, current
@@ -59,8 +60,13 @@ def launch(
             lambda: _run(function, args, parameters, constants),
         )
     scheduler.run()
-    if scheduler.events:
-        raise RuntimeError(f"{len(scheduler.events)} copies were under way when the last program ended")
+    if any(thread.sent for thread in scheduler.threads):
+        raise RuntimeError("a program ended before the copy engine had read what it sends")
+    loads = [event for event in scheduler.events if not isinstance(event, Sent)]
+    if loads:
+        raise RuntimeError(f"{len(loads)} copies were under way when the last program ended")
+    for event in scheduler.events:  # a grid is not over before its results are in memory
+        event()
 
 
 def _run(function: Function, args: Any, parameters: dict[str, Any], constants: dict[str, Any]) -> None:

@@ -1,9 +1,10 @@
 """Which accesses to shared memory are ordered by barriers: a race is found in any schedule, not only where it bites.
 
 Every thread has a vector clock. Arriving at an mbarrier passes it on, waiting takes it over (FastTrack, Flanagan and
-Freund 2009). A copy may write from the moment it is issued until its barrier counts its bytes, an asynchronous product
-may read until the wait for it, a piece may be written until the wait for its group. A store collides with a product only
-where it changes bytes. Ordinary loads and stores that meet each other are judged by their results alone.
+Freund 2009). A copy may write from the moment it is issued until its barrier counts its bytes. An asynchronous product may
+read until the wait for it, and so may a box that is sent to global memory; a piece may be written until the wait for its
+group. A store collides with a product or a box that is sent only where it changes bytes. Ordinary loads and stores that
+meet each other are judged by their results alone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def join(into: Clock, other: Clock) -> None:
 class Access:
     """One access to bytes [low, high) of an allocation.
 
-    `kind` is copy (written by the copy engine), piece (by `cp.async`), product (read by one), load or store. `settled`
+    `kind` is copy (written by the copy engine), send (read by it), piece (written by `cp.async`), product (read by one),
+    load or store. `settled`
     counts what has followed an ordinary access, or a piece that has landed, in its partition: 1 a proxy fence, 2 a barrier
     after that.
     """
@@ -63,14 +65,16 @@ class History:
             if self._conflict(kind, one.kind) and one.actor != me and not one.before(clock):
                 raise RaceError(f"{what} is not ordered after the {one.kind} by {one.actor}")
             mine = one.kind == "piece" or (one.kind == "store" and one.actor == me)
-            proxies = kind == "copy" or (kind == "product" and mine)
+            proxies = kind == "copy" or (kind in ("product", "send") and mine)
             if proxies and one.kind in ("load", "store", "piece") and one.settled < 2:
                 missing = "fence_async_shared" if one.settled == 0 else "barrier after the fence"
                 raise RaceError(f"{what} follows the {one.kind} by {one.actor} without a {missing}")
 
     @staticmethod
     def _conflict(kind: str, earlier: str) -> bool:
-        return bool({"copy", "piece"} & {kind, earlier}) or (kind, earlier) == ("store", "product")
+        return bool({"copy", "piece"} & {kind, earlier}) or (
+            kind == "store" and earlier in ("product", "send")
+        )
 
     def add(self, access: Access) -> Access:
         if access.kind in (

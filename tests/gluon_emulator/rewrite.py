@@ -111,6 +111,8 @@ def _table() -> dict[int, Any]:
         id(address.load_float): language.load_float,
         id(hopper.mbarrier): MBARRIER,
         id(compat.tma_load): engines.tma_load,
+        id(compat.tma_store): engines.tma_store,
+        id(compat.tma_store_wait): engines.tma_store_wait,
         id(compat.copy_to_shared): pieces.copy_to_shared,
         id(compat.async_copy): pieces,
         id(compat.barrier): shared.barrier,

@@ -46,6 +46,7 @@ class Thread:
         self.clock: Clock = {name: 1}
         self.unsettled: list[Any] = []  # ordinary accesses without a proxy fence and a barrier behind them
         self.products: list[Any] = []  # asynchronous products in flight, the oldest first
+        self.sent: list[Any] = []  # boxes on their way to global memory that no wait has seen read
         self.pieces: list[Any] = []  # copies that are in no group yet
         self.groups: list[Any] = []  # groups of copies that no wait has seen land
         self.copies = 0  # issued so far: the epochs of their clock

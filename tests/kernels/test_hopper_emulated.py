@@ -319,6 +319,33 @@ def test_blocks_that_a_consumer_does_not_see_take_no_products(
     assert tuple(counted[name] for name in consumers) == blocks
 
 
+def copies_of(monkeypatch: pytest.MonkeyPatch, x: Inputs) -> list[tuple[str, list[int]]]:
+    """The copies that one program issues for a call, by the tensor that they are from or into, and where their boxes begin."""
+    copies: list[tuple[str, list[int]]] = []
+    tensors = {x.q.data_ptr(): "q", x.k.data_ptr(): "k", x.v.data_ptr(): "v"}
+    corner_of = Descriptor.corner_of
+
+    def recorded(self: Descriptor, corner: list[Any], memory: Any) -> list[int]:
+        copies.append((tensors.get(self.base.data_ptr(), "out"), corner_of(self, corner, memory)))
+        return copies[-1][1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Descriptor, "corner_of", recorded)
+        attend(x, programs=1)
+    return copies
+
+
+@pytest.mark.parametrize(("d", "boxes"), [(64, 1), (192, 3), (256, 2)])
+def test_results_leave_by_the_copy_engine_where_all_rows_are_the_tensors(
+    monkeypatch: pytest.MonkeyPatch, d: int, boxes: int
+) -> None:
+    """`boxes` for 64 rows: what is staged at a time, or a swizzled row's columns. Not into another sequence's rows."""
+    x = Inputs(rand(1, 100, 1, d), rand(1, 200, 1, d), rand(1, 200, 1, d))
+    assert sum(name == "out" for name, _ in copies_of(monkeypatch, x)) == 2 * boxes
+    x.seqused_q = torch.tensor([70], dtype=torch.int32)
+    assert sum(name == "out" for name, _ in copies_of(monkeypatch, x)) == 0
+
+
 def test_rows_that_32_bits_do_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where rows begin is then written down in 64 bits."""
     rows = Inputs(rand(1, 150, 2, 64), rand(1, 300, 1, 64), rand(1, 300, 1, 64), window_right=0)

@@ -1,8 +1,8 @@
 """Gluon under one set of names for Triton 3.6 to 3.9.
 
 3.9 renamed what this kernel uses: `async_copy_global_to_shared` of `tma` and `async_copy` is `async_load`,
-`gl.thread_barrier` (3.6) is `gl.barrier`, and a shared-memory view's `_reinterpret` is `reinterpret`. The old names raise
-there.
+`tma.async_copy_shared_to_global` is `tma.async_store`, `gl.thread_barrier` (3.6) is `gl.barrier`, and a shared-memory view's
+`_reinterpret` is `reinterpret`. The old names raise there.
 """
 
 from triton.experimental import gluon as gluon
@@ -17,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait 
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as TensorDescriptor
 
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+tma_store_wait = tma.store_wait
 copy_to_shared = (
     async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 )

@@ -7,9 +7,10 @@ from headfold.kernels.hopper.compat import (
     gl,
     gluon,
     mbarrier,
+    tma_store_wait,
     warpgroup_mma_wait,
 )
-from headfold.kernels.hopper.layouts import GROUP_ROWS, staged_columns, store_layout
+from headfold.kernels.hopper.layouts import GROUP_ROWS, first_part, staged_columns, store_layout
 from headfold.kernels.hopper.products import (
     issue_scores,
     issue_values,
@@ -18,7 +19,7 @@ from headfold.kernels.hopper.products import (
     scaled,
     wait_values,
 )
-from headfold.kernels.hopper.results import load_sink, offset, store
+from headfold.kernels.hopper.results import halves, load_sink, offset, send, store, write_lse
 from headfold.kernels.hopper.schedule import pass_turn, receive, wait_turn
 from headfold.kernels.hopper.spans import (
     EDGE,
@@ -260,7 +261,7 @@ def consume(
 
     COPIED: rows before the first key that a tile sees come as zeros.
     """
-    reads, bars, letters, Out, Lse, lengths, bottom_right, window, scales, sinks = common
+    reads, bars, letters, out_desc, Out, Lse, lengths, bottom_right, window, scales, sinks = common
     q_buffers, k_buffers, v_buffers, staging = reads
     q_full, q_free, k_full, k_free, v_full, v_free, turns = bars
     mail, posted, taken = letters
@@ -271,6 +272,9 @@ def consume(
     Q_STAGES: gl.constexpr = q_buffers[0].type.shape[0] // GROUPS
     VALUES: gl.constexpr = v_buffers[0].type.shape[0]
     EARLY: gl.constexpr = Q_STAGES == 1 and not SHARED
+    SENT: gl.constexpr = out_desc is not None
+    STAGED: gl.constexpr = staging[0].type.shape[4]
+    IN_HALVES: gl.constexpr = SENT and STAGED < first_part(HEAD_DIM_V)
     turn = 0
     count = 0
     letter = receive(turn, lengths, mail, posted, taken, VARLEN)
@@ -336,24 +340,45 @@ def consume(
         acc = issue_values(softmax.unpack(words, query[0].dtype), values, acc)
         sink = load_sink(sinks, head)
         turn += 1
-        letter = receive(turn, lengths, mail, posted, taken, VARLEN)
-        spans = own_spans(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, LEFT)
+        if not IN_HALVES:
+            letter = receive(turn, lengths, mail, posted, taken, VARLEN)
+            spans = own_spans(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, LEFT)
         acc = wait_values(acc)
         mbarrier.arrive(v_free.index(older), count=1)
         if SOFTCAP:
             row_max = softmax.uncapped(row_max)
-        store(
-            acc,
-            row_max,
-            row_sum,
-            scales[0] * 0.6931471805599453,
-            sink,
-            operands(staging, GROUP, GROUP_ROWS, staged_columns(staging[0].type.shape[4], HEAD_DIM_V)),
-            (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1]),
-            (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1]),
-            own,
-            sq,
-            COLUMNS,
-        )
+        scale = scales[0] * 0.6931471805599453
+        lse_out = (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1])
+        if SENT:
+            inverse, lse = softmax.finish(row_max, row_sum, scale)
+            inverse, lse = softmax.with_sink(inverse, lse, sink)
+            acc = scaled(acc, inverse)
+            if IN_HALVES:
+                first_half, second_half = halves(acc[0], STAGED)
+                send((first_half,), staging, GROUP, out_desc, q_batch, head, own, 0, STAGED)
+                # The copy engine reads the first half meanwhile.
+                letter = receive(turn, lengths, mail, posted, taken, VARLEN)
+                spans = own_spans(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, LEFT)
+                write_lse(lse, lse_out, own, sq)
+                send((second_half,), staging, GROUP, out_desc, q_batch, head, own, STAGED, STAGED)
+            else:
+                send(acc, staging, GROUP, out_desc, q_batch, head, own, 0, HEAD_DIM_V)
+                write_lse(lse, lse_out, own, sq)
+        else:
+            store(
+                acc,
+                row_max,
+                row_sum,
+                scale,
+                sink,
+                operands(staging, GROUP, GROUP_ROWS, staged_columns(STAGED, HEAD_DIM_V)),
+                (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1]),
+                lse_out,
+                own,
+                sq,
+                COLUMNS,
+            )
         if SHARED:
             release(q_done)
+    if SENT:
+        tma_store_wait(0)  # shared memory is another program's afterwards

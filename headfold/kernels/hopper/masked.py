@@ -81,7 +81,7 @@ def consume_masked(
     VARLEN: gl.constexpr,
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces."""
-    reads, flow, letters, Out, Lse, lengths, bottom_right, window, scales, sinks = common
+    reads, flow, letters, out_desc, Out, Lse, lengths, bottom_right, window, scales, sinks = common
     q_buffers, k_buffers, v_buffers, staging = reads
     q_full, q_free, k_full, k_free, v_full, v_free, turns = flow
     mail, posted, taken = letters

@@ -1,7 +1,8 @@
 """The producer: one warp that takes tiles from the counter and has the copy engine fetch Q, K, V and mask blocks."""
 
-from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load, view_as
-from headfold.kernels.hopper.layouts import columns_in_memory, shared_layout
+from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load
+from headfold.kernels.hopper.layouts import columns_in_memory
+from headfold.kernels.hopper.products import boxes_of
 from headfold.kernels.hopper.schedule import last_place, one_each, publish, sign_off, take
 from headfold.kernels.hopper.spans import find, locate, sequence, tile_blocks
 
@@ -21,19 +22,6 @@ def look_up(pages, entry, key, end, BLOCK_N: gl.constexpr, PAGE_ROWS: gl.constex
     live = (first < end) & (box < BLOCK_N // PAGE_ROWS)
     found = gl.load(table + entry * stride + first // page_size, mask=live, other=-1)
     return found, key - key // page_size * page_size
-
-
-@gluon.jit
-def boxes_of(buffers, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Buffers (stages, 1, 1, rows, columns) as boxes (1, 1, ROWS, COLUMNS), COLUMNS being those of a swizzled row.
-
-    Wider rows lie in shared memory as one such matrix after the other.
-    """
-    COUNT: gl.constexpr = (
-        buffers.type.shape[0] * (buffers.type.shape[3] // ROWS) * (buffers.type.shape[4] // COLUMNS)
-    )
-    layout: gl.constexpr = shared_layout(ROWS, COLUMNS, buffers.dtype.primitive_bitwidth, 4)
-    return view_as(buffers, buffers.dtype, [COUNT, 1, 1, ROWS, COLUMNS], layout)
 
 
 @gluon.jit

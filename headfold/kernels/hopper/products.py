@@ -18,6 +18,19 @@ def matrix(buffer, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
+def boxes_of(buffers, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Buffers (stages, 1, 1, rows, columns) as boxes (1, 1, ROWS, COLUMNS), COLUMNS being those of a swizzled row.
+
+    Wider rows lie in shared memory as one such matrix after the other.
+    """
+    COUNT: gl.constexpr = (
+        buffers.type.shape[0] * (buffers.type.shape[3] // ROWS) * (buffers.type.shape[4] // COLUMNS)
+    )
+    layout: gl.constexpr = shared_layout(ROWS, COLUMNS, buffers.dtype.primitive_bitwidth, 4)
+    return view_as(buffers, buffers.dtype, [COUNT, 1, 1, ROWS, COLUMNS], layout)
+
+
+@gluon.jit
 def operands(buffers, index, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """Buffer `index` as matrices of the columns that products are over, one a part."""
     FIRST: gl.constexpr = first_part(COLUMNS)

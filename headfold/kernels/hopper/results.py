@@ -1,9 +1,16 @@
-"""What leaves a tile: 64 finished rows through shared memory, and their LSE."""
+"""How a consumer's 64 rows leave: by the copy engine, or in pieces of 16 bytes where only some of them may be written."""
 
 from headfold.kernels.hopper import softmax
-from headfold.kernels.hopper.compat import gl, gluon
+from headfold.kernels.hopper.compat import (
+    barrier,
+    fence_async_shared,
+    gl,
+    gluon,
+    tma_store,
+    tma_store_wait,
+)
 from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, store_layout
-from headfold.kernels.hopper.products import scaled
+from headfold.kernels.hopper.products import boxes_of, operands, scaled
 from headfold.kernels.parts.address import load_float
 
 
@@ -36,18 +43,32 @@ def write(staged, base, stride, first, sq, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
+def write_lse(lse, Lse, first, sq):
+    """Write the LSE of 64 rows, as far as there are rows."""
+    base, stride = Lse
+    position = first + gl.arange(0, GROUP_ROWS, lse.type.layout)
+    gl.store(base + position.to(gl.int64) * stride, lse, mask=position < sq)
+
+
+@gluon.jit
+def halves(acc, WIDTH: gl.constexpr):
+    """The left and the right WIDTH columns of an accumulator of twice as many."""
+    left, right = acc.reshape([GROUP_ROWS, 2, WIDTH]).permute([0, 2, 1]).split()
+    left = gl.convert_layout(left, accumulator(WIDTH), assert_trivial=True)
+    return left, gl.convert_layout(right, accumulator(WIDTH), assert_trivial=True)
+
+
+@gluon.jit
 def store(acc, row_max, row_sum, scale, sink, staging, Out, Lse, first, sq, COLUMNS: gl.constexpr):
     """Finish 64 rows and write those that exist; COLUMNS of the accumulator's are the head dimension, the rest is padding.
 
     `acc` are parts, and `staging` too. Wider rows than it has leave in two halves.
     """
     out_base, out_stride = Out
-    lse_base, lse_stride = Lse
     inverse, lse = softmax.finish(row_max, row_sum, scale)
     inverse, lse = softmax.with_sink(inverse, lse, sink)
     acc = scaled(acc, inverse)
-    position = first + gl.arange(0, GROUP_ROWS, row_max.type.layout)
-    gl.store(lse_base + position.to(gl.int64) * lse_stride, lse, mask=position < sq)
+    write_lse(lse, Lse, first, sq)
     FIRST: gl.constexpr = acc[0].shape[1]
     WIDTH: gl.constexpr = staging[0].shape[1]
     if len(acc) > 1:
@@ -59,10 +80,30 @@ def store(acc, row_max, row_sum, scale, sink, staging, Out, Lse, first, sq, COLU
         staging[0].store(acc[0].to(staging[0].dtype))
         write(staging[0], out_base, out_stride, first, sq, COLUMNS)
     else:
-        left, right = acc[0].reshape([GROUP_ROWS, 2, WIDTH]).permute([0, 2, 1]).split()
-        left = gl.convert_layout(left, accumulator(WIDTH), assert_trivial=True)
-        right = gl.convert_layout(right, accumulator(WIDTH), assert_trivial=True)
+        left, right = halves(acc[0], WIDTH)
         staging[0].store(left.to(staging[0].dtype))
         write(staging[0], out_base, out_stride, first, sq, COLUMNS)
         staging[0].store(right.to(staging[0].dtype))
         write(staging[0], out_base + WIDTH, out_stride, first, sq, COLUMNS - WIDTH)
+
+
+@gluon.jit
+def send(acc, buffers, index, desc, batch, head, row, column, COLUMNS: gl.constexpr):
+    """Have the copy engine store COLUMNS columns of 64 finished rows, once it has read what buffer `index` held before.
+
+    It leaves out rows and columns that the tensor does not have. The consumer goes on while it reads.
+    """
+    FIRST: gl.constexpr = buffers[0].type.shape[4]
+    WIDTH: gl.constexpr = desc.block_type.shape[3]
+    PARTS: gl.constexpr = FIRST // WIDTH
+    views = operands(buffers, index, GROUP_ROWS, COLUMNS)
+    tma_store_wait(0)
+    for i in gl.static_range(len(acc)):
+        views[i].store(acc[i].to(desc.dtype))
+    fence_async_shared()
+    barrier()
+    slots = boxes_of(buffers[0], GROUP_ROWS, WIDTH)
+    for c in gl.static_range(PARTS):
+        tma_store(desc, [batch, head, row, column + c * WIDTH], slots.index(index * PARTS + c))
+    if len(acc) > 1:
+        tma_store(desc, [batch, head, row, column + FIRST], buffers[1].index(index))
