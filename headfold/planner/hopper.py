@@ -37,9 +37,13 @@ TAKEN_UNMASKED = ("a softcap", "attention chunks")
 # On an H200 this kernel runs at 1.3 times the Triton kernel's TFLOP/s (d128, 4096 keys; d96 1.4, d256 1.9, d64 as
 # fast without a mask and 1.1 times causal): it may waste rows for it.
 WORTH_ROWS = 1.3
-# Share of the L2 cache that K and V of the heads in flight may take: 8 to 32 MB of an H200's 50 are within 1 % at
-# 4096 keys and more, 32 MB best at 1024 (16 heads, b16, causal: 417 TFLOP/s against 398).
-SECTION_OF_L2 = 2 / 3
+# Share of the L2 cache that K and V of the heads in flight may take, where tiles are short or have the same length. b16 1024,
+# full: a sixth, a third, two thirds, 1.4 give 552, 545, 534, 521 TFLOP/s at d256 h8, 523, 522, 504, 476 at d128 h16.
+SECTION_OF_L2 = 1 / 3
+# Tiles of a head from which on all heads are in flight under a causal mask: their tiles then begin with the longest ones, and
+# programs walk them side by side. b4 4096: a sixth, a third, two thirds of the L2 cache, everything give 577, 622, 542, 619 at
+# d256 h8, 551, 520, 540, 561 at d128 h16, 429, 433, 428, 437 at d64 h32; b1 16384, d128: 598, 600, 578, 603.
+ALL_AT_ONCE = 16
 
 # Folded rows of one consumer of the decode kernel, and how many consumers share a tile at the most.
 CONSUMER_ROWS = 64
@@ -86,6 +90,9 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
         return f"the Triton kernel, not the Gluon one, {reason}"
     head_bytes = p.max_seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
     section = max(1, int(device.l2 * SECTION_OF_L2) // head_bytes) * p.group
+    falling = p.window_right is not None and not left_edge(p) and not p.lengths_on_device
+    if falling and per_sequence >= ALL_AT_ONCE:
+        section = p.batch * p.num_heads
     dims: tuple[str, ...] = ()
     if (p.head_dim, p.head_dim_v) != (parts(d)[0], parts(dv)[0]):
         cut = [" + ".join(str(n) for n in parts(one) if n) for one in (d, dv)]

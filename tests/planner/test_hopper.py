@@ -232,6 +232,22 @@ def test_programs_and_sections_are_bounded_by_what_there_is() -> None:
     assert (long.workers, long.section) == (100, 4)  # never less than a group: it shares K and V
 
 
+def test_heads_are_in_flight_together_under_a_causal_mask_of_many_tiles() -> None:
+    """Their K and V would fill the L2 cache many times; a short head, or one whose tiles are all alike, has sections."""
+
+    def section(length: int, **options: Any) -> int:
+        p = problem(16, 16, 8, length, length, 128, device_type="cuda", **options)
+        plan = plan_hopper(p, H200, triton_rows=2**31)
+        assert isinstance(plan, Plan)
+        return plan.section
+
+    assert section(2048, window_right=0) == section(16384, window_right=0) == 8 * 16
+    fitting = int(H200.l2 / 3) // (16384 * 256 * 2)
+    assert section(16384) == section(16384, window_right=0, window_left=100) == max(1, fitting)
+    assert section(16384, window_right=0, lengths_on_device=True) == max(1, fitting)
+    assert section(1920, window_right=0) == int(H200.l2 / 3) // (1920 * 256 * 2)
+
+
 @pytest.mark.parametrize("mask", [False, True])
 def test_shared_memory_fits(mask: bool) -> None:
     plan = make_plan(prefill(tensor_mask=mask), H200)

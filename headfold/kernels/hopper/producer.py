@@ -3,7 +3,7 @@
 from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load
 from headfold.kernels.hopper.layouts import columns_in_memory
 from headfold.kernels.hopper.products import boxes_of
-from headfold.kernels.hopper.schedule import last_place, one_each, publish, sign_off, take
+from headfold.kernels.hopper.schedule import asking_block, last_place, one_each, publish, sign_off, take
 from headfold.kernels.hopper.spans import find, locate, sequence, tile_blocks
 
 LANES = gl.constexpr(32)  # of the producer's warp
@@ -132,9 +132,7 @@ def produce(
             mbarrier.expect(q_full.index(slot), ROWS * ROW_BYTES)
             fetch_rows(q_desc, q_batch, head, row, q_full.index(slot), q_buffers, slot, HEAD_DIM)
         for i in range(blocks):
-            if i == gl.minimum(
-                blocks - 1, STAGES
-            ):  # the answer takes a microsecond, and the buffers are full
+            if i == asking_block(blocks, STAGES, VARLEN):
                 following = take(counter, programs)
             key = low + (blocks - 1 - i) * BLOCK_N
             stage = count % STAGES

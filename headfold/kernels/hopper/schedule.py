@@ -10,6 +10,7 @@ def one_each(warps):
 
 
 LETTER = gl.constexpr(8)  # numbers that a letter has room for
+LONG = gl.constexpr(24)  # blocks of a tile behind which the next one is taken late
 
 
 @gluon.jit
@@ -72,6 +73,17 @@ def receive(turn, lengths, mail, posted, taken, VARLEN: gl.constexpr):
 def take(counter, programs):
     """The next tile that no program has begun: the first `programs` go to the programs by their number."""
     return gl.atomic_add(counter, 1, sem="relaxed", scope="gpu") + programs
+
+
+@gluon.jit
+def asking_block(blocks, STAGES: gl.constexpr, VARLEN: gl.constexpr):
+    """The block of a tile at which its producer takes the next tile: the answer takes a microsecond, and the buffers are full.
+
+    A tile that is taken waits for the one before it, whatever other programs have left: behind a long one it is taken late.
+    Of ragged batches, whose tiles are many, it has to be found in a list as well.
+    """
+    early = gl.minimum(blocks - 1, STAGES)
+    return early if VARLEN else gl.where(blocks < LONG, early, blocks - 2)
 
 
 @gluon.jit
