@@ -2,8 +2,9 @@
 
 A row is `cp.async` pieces of 16 bytes, a lane each, into the swizzled buffers that boxes would go to. These copies write
 through the generic proxy and products read through the async one. So the lanes that issued them wait until they have
-landed, send a proxy fence and meet at a barrier before one of them tells the consumers. That takes as long as the copies
-do; a third buffer of V hides it.
+landed, send a proxy fence and meet at a barrier before one of them tells the consumers: of the keys of a block, and the
+values of the block before it, when the copies of the next keys are under way. A third buffer of V leaves the values as much
+time as the keys.
 """
 
 from headfold.kernels.hopper.compat import (
@@ -122,7 +123,6 @@ def produce_rows(
         values = V + (head // group) * v_strides[2] * 8
         for i in range(blocks + 1):
             locate_rows(k_places, rows, k_strides)
-            locate_rows(v_places, older, v_strides)
             barrier()
             key = (count + i) % STAGES
             value = (count + i - 1) % VALUES
@@ -131,6 +131,16 @@ def produce_rows(
                     keys, k_places, matrix(k_buffers[0].index(key), BLOCK_N, HEAD_DIM), k_free.index(key),
                     (((count + i) // STAGES) & 1) ^ 1, COLUMNS_K,
                 )  # fmt: skip
+            async_copy.commit_group()
+            locate_rows(v_places, older, v_strides)
+            # All but these keys have landed: those of the block before, and the values before them.
+            async_copy.wait_group(1)
+            fence_async_shared()
+            barrier()
+            if i > 0:
+                mbarrier.arrive(k_full.index((count + i - 1) % STAGES), count=1)
+            if i > 1:
+                mbarrier.arrive(v_full.index((count + i - 2) % VALUES), count=1)
             older = rows
             rows = find_rows(pages, entry, low + (blocks - 2 - i) * BLOCK_N, start, sk, BLOCK_N)
             if i > 0:
@@ -139,16 +149,13 @@ def produce_rows(
                     (((count + i - 1) // VALUES) & 1) ^ 1, COLUMNS_V,
                 )  # fmt: skip
             async_copy.commit_group()
-            async_copy.wait_group(0)
-            fence_async_shared()
-            barrier()
-            if i < blocks:
-                mbarrier.arrive(k_full.index(key), count=1)
-            if i > 0:
-                mbarrier.arrive(v_full.index(value), count=1)
             # The answer takes a microsecond, and the buffers are full.
             if i == gl.minimum(blocks, STAGES):
                 following = take(counter, programs)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(v_full.index((count + blocks - 1) % VALUES), count=1)
         count += blocks
         turn += 1
         number = following
