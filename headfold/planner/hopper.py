@@ -27,7 +27,7 @@ COPY_STAGES = 3
 # Boxes lie in shared memory at multiples of 8 rows, the period of its swizzling.
 FEWEST_PAGE_ROWS = 8
 # The prefill copies keys row by row where their boxes would have fewer keys.
-COPIED_BELOW = 16
+COPIED_BELOW = 8
 # Under a left window a tile's first block begins at a multiple of so many keys (`kernels/hopper/spans.py`).
 EDGE = 16
 # On an H200 this kernel runs at 1.3 times the Triton kernel's TFLOP/s (d128, 4096 keys; d96 1.4, d256 1.9, d64 as

@@ -265,7 +265,7 @@ def own_spans(
     (own first row, what to add to it for its key, first key that the tile sees, first key of its blocks, last blocks
     that are hidden from all own rows, blocks before those, which of them all own rows see in full: [left, right)).
     """
-    _, _, tile, _, _, sq, sk = letter
+    _, _, tile, _, _, sq, sk, _ = letter
     first = tile * (GROUP_ROWS * GROUPS)
     shift = (sk - sq) * bottom_right
     start, low, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, LEFT)
@@ -310,7 +310,7 @@ def consume(
     letter = receive(turn, lengths, mail, posted, taken, VARLEN)
     spans = own_spans(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, LEFT)
     while letter[0] >= 0:
-        _, head, _, q_batch, q_first, sq, sk = letter
+        _, head, _, q_batch, q_first, sq, sk, _ = letter
         own, shift, start, low, hidden, blocks, left, right = spans
         count = skip(hidden, count, flow, STAGES, VALUES, GROUP, GROUPS)
         stage = count % STAGES

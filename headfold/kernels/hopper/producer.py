@@ -1,39 +1,10 @@
 """The producer: one warp that takes tiles from the counter and has the copy engine fetch Q, K, V and mask blocks."""
 
-from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load, view_as
-from headfold.kernels.hopper.layouts import columns_in_memory, shared_layout
-from headfold.kernels.hopper.schedule import last_place, one_each, publish, sign_off, take
+from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load
+from headfold.kernels.hopper.layouts import columns_in_memory
+from headfold.kernels.hopper.pages import boxes_of, fetch_blocks
+from headfold.kernels.hopper.schedule import last_place, publish, sign_off, take
 from headfold.kernels.hopper.spans import find, locate, sequence, tile_blocks
-
-LANES = gl.constexpr(32)  # of the producer's warp
-
-
-@gluon.jit
-def look_up(pages, entry, key, end, BLOCK_N: gl.constexpr, PAGE_ROWS: gl.constexpr):
-    """(pages of the boxes of the block from `key` on, a lane each, and the first one's row in its page).
-
-    `entry` is the number of the sequence. Boxes from key `end` on are looked up nowhere: their page is -1, outside the
-    tensor, and they come as zeros.
-    """
-    table, stride, page_size, boxes = pages
-    box = gl.arange(0, LANES, one_each(1))
-    first = key + box * PAGE_ROWS
-    live = (first < end) & (box < BLOCK_N // PAGE_ROWS)
-    found = gl.load(table + entry * stride + first // page_size, mask=live, other=-1)
-    return found, key - key // page_size * page_size
-
-
-@gluon.jit
-def boxes_of(buffers, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Buffers (stages, 1, 1, rows, columns) as boxes (1, 1, ROWS, COLUMNS), COLUMNS being those of a swizzled row.
-
-    Wider rows lie in shared memory as one such matrix after the other.
-    """
-    COUNT: gl.constexpr = (
-        buffers.type.shape[0] * (buffers.type.shape[3] // ROWS) * (buffers.type.shape[4] // COLUMNS)
-    )
-    layout: gl.constexpr = shared_layout(ROWS, COLUMNS, buffers.dtype.primitive_bitwidth, 4)
-    return view_as(buffers, buffers.dtype, [COUNT, 1, 1, ROWS, COLUMNS], layout)
 
 
 @gluon.jit
@@ -53,33 +24,6 @@ def fetch_rows(desc, batch, head, row, bar, buffers, index, COLUMNS: gl.constexp
 
 
 @gluon.jit
-def fetch_pages(
-    desc, found, head, page_size, count, bar, buffers, stage, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr
-):
-    """Issue the boxes of a block, each of which lies in one page and takes the columns of one swizzled row.
-
-    `count` = BLOCK_N // PAGE_ROWS comes as a number: the compiler would unroll a constant loop, and run out of registers.
-    """
-    pages, row = found
-    PAGE_ROWS: gl.constexpr = desc.block_type.shape[2]
-    WIDTH: gl.constexpr = desc.block_type.shape[3]
-    BOXES: gl.constexpr = BLOCK_N // PAGE_ROWS
-    FIRST: gl.constexpr = buffers[0].type.shape[4]
-    PARTS: gl.constexpr = FIRST // WIDTH
-    slots = boxes_of(buffers[0], PAGE_ROWS, WIDTH)
-    box = gl.arange(0, LANES, one_each(1))
-    for i in range(count):
-        page = gl.max(gl.where(box == i, pages, -1), 0)
-        for c in gl.static_range(PARTS):
-            tma_load(desc, [page, head, row, c * WIDTH], bar, slots.index((stage * PARTS + c) * BOXES + i))
-        if COLUMNS > FIRST:
-            second = boxes_of(buffers[1], PAGE_ROWS, WIDTH)
-            tma_load(desc, [page, head, row, FIRST], bar, second.index(stage * BOXES + i))
-        row += PAGE_ROWS
-        row = gl.where(row == page_size, 0, row)
-
-
-@gluon.jit
 def produce(
     common,
     HEAD_DIM: gl.constexpr,
@@ -91,6 +35,7 @@ def produce(
     VARLEN: gl.constexpr,
     LEFT: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
+    SHARES: gl.constexpr = 1,
 ):
     """Walk this program's tiles, each from its last block to its first."""
     (
@@ -143,51 +88,43 @@ def produce(
             mbarrier.wait(q_free.index(slot), ((turn // Q_STAGES) & 1) ^ 1)
             mbarrier.expect(q_full.index(slot), ROWS * ROW_BYTES)
             fetch_rows(q_desc, q_batch, head, row, q_full.index(slot), q_buffers, slot, HEAD_DIM)
-        for i in range(blocks):
-            if i == gl.minimum(
-                blocks - 1, STAGES
-            ):  # the answer takes a microsecond, and the buffers are full
-                following = take(counter, programs)
-            key = low + (blocks - 1 - i) * BLOCK_N
-            stage = count % STAGES
-            phase = ((count // STAGES) & 1) ^ 1
-            if PAGE_ROWS > 0:  # before the wait, which takes longer
-                where = look_up(pages, entry, key, sk, BLOCK_N, PAGE_ROWS)
-            mbarrier.wait(k_free.index(stage), phase)
-            if MASKED:
-                mbarrier.expect(
-                    k_full.index(stage), k_desc.block_type.nbytes + GROUPS * mask_desc.block_type.nbytes
-                )
-                for c in gl.static_range(GROUPS):
-                    tma_load(
-                        mask_desc,
-                        [q_batch * mask_steps[0], head * mask_steps[1], first + c * ROWS, key],
-                        k_full.index(stage),
-                        mask_buffers.index(stage * GROUPS + c),
+        if PAGE_ROWS > 0:
+            following, count = fetch_blocks(
+                (k_desc, k_buffers, k_full, k_free), pages, entry, kv_head, low, blocks, sk, counter, programs, number,
+                count, HEAD_DIM, PAGE_ROWS, 0, SHARES, True,
+            )  # fmt: skip
+        else:
+            for i in range(blocks):
+                if i == gl.minimum(
+                    blocks - 1, STAGES
+                ):  # the answer takes a microsecond, and the buffers are full
+                    following = take(counter, programs)
+                key = low + (blocks - 1 - i) * BLOCK_N
+                stage = count % STAGES
+                phase = ((count // STAGES) & 1) ^ 1
+                mbarrier.wait(k_free.index(stage), phase)
+                if MASKED:
+                    mbarrier.expect(
+                        k_full.index(stage), k_desc.block_type.nbytes + GROUPS * mask_desc.block_type.nbytes
                     )
-            else:
-                mbarrier.expect(k_full.index(stage), BLOCK_N * ROW_BYTES)
-            if PAGE_ROWS > 0:
-                fetch_pages(
-                    k_desc, where, kv_head, pages[2], pages[3], k_full.index(stage), k_buffers, stage, BLOCK_N,
-                    HEAD_DIM,
-                )  # fmt: skip
-            else:
+                    for c in gl.static_range(GROUPS):
+                        tma_load(
+                            mask_desc,
+                            [q_batch * mask_steps[0], head * mask_steps[1], first + c * ROWS, key],
+                            k_full.index(stage),
+                            mask_buffers.index(stage * GROUPS + c),
+                        )
+                else:
+                    mbarrier.expect(k_full.index(stage), BLOCK_N * ROW_BYTES)
                 fetch_rows(
                     k_desc, k_batch, kv_head, k_first + key, k_full.index(stage), k_buffers, stage, HEAD_DIM
                 )
-            mbarrier.wait(v_free.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), BLOCK_N * ROW_BYTES_V)
-            if PAGE_ROWS > 0:
-                fetch_pages(
-                    v_desc, where, kv_head, pages[2], pages[3], v_full.index(stage), v_buffers, stage, BLOCK_N,
-                    HEAD_DIM_V,
-                )  # fmt: skip
-            else:
+                mbarrier.wait(v_free.index(stage), phase)
+                mbarrier.expect(v_full.index(stage), BLOCK_N * ROW_BYTES_V)
                 fetch_rows(
                     v_desc, k_batch, kv_head, k_first + key, v_full.index(stage), v_buffers, stage, HEAD_DIM_V
                 )
-            count += 1
+                count += 1
         turn += 1
         number = following
     publish(-1, (0, 0, 0, 0), (0, 0, 0), turn, mail, posted, taken, VARLEN)
