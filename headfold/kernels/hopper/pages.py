@@ -1,14 +1,22 @@
 """Pages: where the keys of a paged cache lie, and the warps that have the copy engine fetch them in boxes.
 
-One warp issues a box at a time, and takes a hundred cycles for those of a page. So K and V have a warp each, or two where
-boxes are small, each of which fetches its share of every block's keys.
+One warp issues a box at a time. So K and V have a warp each, or two where boxes are small, each of which fetches its share
+of every block's keys. Where the cache's strides allow, a box brings whole rows of a page (`fetch_groups`).
 """
 
 from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load, view_as
-from headfold.kernels.hopper.layouts import GROUP_ROWS, columns_in_memory, shared_layout
+from headfold.kernels.hopper.layouts import (
+    GROUP_ROWS,
+    columns_in_memory,
+    groups_layout,
+    is_grouped,
+    rows_of,
+    shared_layout,
+)
 from headfold.kernels.hopper.schedule import one_each, receive, take
 from headfold.kernels.hopper.spans import tile_blocks
 
+OUTSIDE = gl.constexpr(-(2**30))  # before any tensor, in groups of 8 rows
 LANES = gl.constexpr(32)  # of a producer's warp
 
 
@@ -31,6 +39,43 @@ def look_up(pages, entry, key, end, KEYS: gl.constexpr, PAGE_ROWS: gl.constexpr)
     live = (first < end) & (box < KEYS // PAGE_ROWS) & (key >= 0)
     found = gl.load(table + entry * stride + first // page_size, mask=live, other=-1)
     return found, key - key // page_size * page_size
+
+
+@gluon.jit
+def look_up_groups(pages, per_page, entry, key, end, KEYS: gl.constexpr, PAGE_ROWS: gl.constexpr):
+    """The places of the boxes of the KEYS keys from `key` on, a lane each, in groups of 8 rows; a page has `per_page`.
+
+    As `look_up` else; what is looked up nowhere lies far before the tensor.
+    """
+    table, stride, page_size, boxes = pages
+    box = gl.arange(0, LANES, one_each(1))
+    first = key + box * PAGE_ROWS
+    live = (first < end) & (box < KEYS // PAGE_ROWS) & (key >= 0)
+    number = first // page_size
+    page = gl.load(table + entry * stride + number, mask=live, other=-1)
+    return gl.where(page >= 0, page * per_page + (first - number * page_size) // 8, OUTSIDE)
+
+
+@gluon.jit
+def fetch_groups(
+    desc, places, head, count, bar, buffers, stage, BLOCK_N: gl.constexpr, SHARE: gl.constexpr, SHARES: gl.constexpr
+):  # fmt: skip
+    """Issue a share of a block's boxes, each of which brings the whole rows of one page."""
+    PAGE_ROWS: gl.constexpr = desc.block_type.shape[1] * 8
+    PARTS: gl.constexpr = desc.block_type.shape[2]
+    BOXES: gl.constexpr = BLOCK_N // PAGE_ROWS
+    BEGIN: gl.constexpr = SHARE * BOXES // SHARES
+    COUNT: gl.constexpr = buffers[0].type.shape[0] * BOXES
+    slots = view_as(
+        buffers[0],
+        desc.dtype,
+        [COUNT, 1, PAGE_ROWS // 8, PARTS, 8, 64],
+        groups_layout(desc.dtype.primitive_bitwidth),
+    )
+    box = gl.arange(0, LANES, one_each(1))
+    for i in range(count):
+        place = gl.max(gl.where(box == i, places, OUTSIDE), 0)
+        tma_load(desc, [head, place, 0, 0, 0], bar, slots.index(stage * BOXES + BEGIN + i))
 
 
 @gluon.jit
@@ -110,15 +155,19 @@ def fetch_blocks(
 
     Returns the number of the next tile, which the warp that LEADS takes from the counter, and `count` behind the blocks.
     """
-    desc, buffers, full, free = source
+    desc, buffers, full, free, per_page = source
     STAGES: gl.constexpr = buffers[0].type.shape[0]
-    BLOCK_N: gl.constexpr = buffers[0].type.shape[3]
+    GROUPED: gl.constexpr = is_grouped(buffers[0].type.shape)
+    BLOCK_N: gl.constexpr = rows_of(buffers[0].type.shape)
     BITS: gl.constexpr = desc.dtype.primitive_bitwidth
     ROW_BYTES: gl.constexpr = columns_in_memory(COLUMNS, BITS) * BITS // 8
     KEYS: gl.constexpr = BLOCK_N // SHARES
     following = number
     key = low + (blocks - 1) * BLOCK_N + SHARE * KEYS
-    ahead = look_up(pages, entry, key, end, KEYS, PAGE_ROWS)
+    if GROUPED:
+        ahead = look_up_groups(pages, per_page, entry, key, end, KEYS, PAGE_ROWS)
+    else:
+        ahead = look_up(pages, entry, key, end, KEYS, PAGE_ROWS)
     for i in range(blocks):
         if LEADS:
             if i == gl.minimum(
@@ -129,13 +178,30 @@ def fetch_blocks(
         found = ahead
         mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(stage), KEYS * ROW_BYTES)
-        fetch_pages(
-            desc, found, head, pages[2], pages[3] // SHARES, full.index(stage), buffers, stage, BLOCK_N, COLUMNS,
-            SHARE, SHARES,
-        )  # fmt: skip
-        # A block ahead: the divisions and the table's answer take as long as the boxes of a large page.
+        if GROUPED:
+            fetch_groups(
+                desc,
+                found,
+                head,
+                pages[3] // SHARES,
+                full.index(stage),
+                buffers,
+                stage,
+                BLOCK_N,
+                SHARE,
+                SHARES,
+            )
+        else:
+            fetch_pages(
+                desc, found, head, pages[2], pages[3] // SHARES, full.index(stage), buffers, stage, BLOCK_N, COLUMNS,
+                SHARE, SHARES,
+            )  # fmt: skip
+        # A block ahead: the divisions and the table's answer pass before the next buffer is free.
         key -= BLOCK_N
-        ahead = look_up(pages, entry, key, end, KEYS, PAGE_ROWS)
+        if GROUPED:
+            ahead = look_up_groups(pages, per_page, entry, key, end, KEYS, PAGE_ROWS)
+        else:
+            ahead = look_up(pages, entry, key, end, KEYS, PAGE_ROWS)
         count += 1
     return following, count
 
@@ -159,7 +225,7 @@ def assist(
     ) = common  # fmt: skip
     mail, posted, taken = letters
     ROWS: gl.constexpr = GROUP_ROWS * GROUPS
-    BLOCK_N: gl.constexpr = source[1][0].type.shape[3]
+    BLOCK_N: gl.constexpr = rows_of(source[1][0].type.shape)
     turn = 0
     count = 0  # blocks fetched so far: their stage and the phase of its barriers
     letter = receive(turn, lengths, mail, posted, taken, VARLEN, 1)

@@ -17,7 +17,7 @@ INTEGERS = (
     "has_cu_q has_cu_k has_used_q has_used_k sq sk bottom_right heads group tiles section units "
     "window_left window_right mask_step_b mask_step_h "
     "out_stride_b out_stride_s out_stride_h lse_stride_b lse_stride_s lse_stride_h table_stride page_size boxes "
-    "k_stride_p k_stride_s k_stride_h v_stride_p v_stride_s v_stride_h"
+    "k_groups v_groups k_stride_p k_stride_s k_stride_h v_stride_p v_stride_s v_stride_h"
 ).split()
 
 # Read and written a number at a time: their alignment is no reason for another variant.
@@ -48,6 +48,18 @@ def buffers_of(dtype: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COL
             dtype, [COUNT, 1, 1, ROWS, REST], shared_layout(ROWS, REST, BITS, 4)
         )
     return first, second
+
+
+@gluon.jit
+def grouped_buffers(dtype: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """COUNT buffers for boxes of whole rows, as a tuple of one part."""
+    return (
+        gl.allocate_shared_memory(
+            dtype,
+            [COUNT, ROWS // 8, COLUMNS // 64, 8, 64],
+            gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 4),
+        ),
+    )
 
 
 @gluon.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
@@ -89,6 +101,8 @@ def prefill_kernel(
     table_stride: gl.int64,
     page_size: gl.int32,
     boxes: gl.int32,
+    k_groups: gl.int32,
+    v_groups: gl.int32,
     K,
     V,
     k_stride_p: gl.int64,
@@ -112,17 +126,23 @@ def prefill_kernel(
     LEFT: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
     FAR: gl.constexpr,
+    GROUPED: gl.constexpr,
     GROUPS: gl.constexpr,
 ):
     """Grid: one program a multiprocessor.
 
     Keys of a paged cache come in boxes of PAGE_ROWS through k_desc and v_desc, or with PAGE_ROWS = 1 row by row from K and
-    V, whose strides are in units of 16 bytes; FAR where not all of such a cache can be told by 32 bits of them.
+    V, whose strides are in units of 16 bytes; FAR where not all of such a cache can be told by 32 bits of them. GROUPED
+    where boxes bring whole rows: a page of K begins k_groups groups of 8 rows behind the one before it.
     """
     dtype: gl.constexpr = q_desc.dtype
     q_buffers = buffers_of(dtype, Q_STAGES * GROUPS, GROUP_ROWS, HEAD_DIM)
-    k_buffers = buffers_of(dtype, STAGES, BLOCK_N, HEAD_DIM)
-    v_buffers = buffers_of(dtype, VALUES, BLOCK_N, HEAD_DIM_V)
+    if GROUPED:
+        k_buffers = grouped_buffers(dtype, STAGES, BLOCK_N, HEAD_DIM)
+        v_buffers = grouped_buffers(dtype, VALUES, BLOCK_N, HEAD_DIM_V)
+    else:
+        k_buffers = buffers_of(dtype, STAGES, BLOCK_N, HEAD_DIM)
+        v_buffers = buffers_of(dtype, VALUES, BLOCK_N, HEAD_DIM_V)
     mail = gl.allocate_shared_memory(gl.int32, [2 * LETTER, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = barriers(Q_STAGES * GROUPS, 1)
     q_free = barriers(Q_STAGES * GROUPS, 1)
@@ -257,8 +277,8 @@ def prefill_kernel(
             [232, 40],
         )
     elif PAGE_ROWS > 1:
-        k_source = (k_desc, k_buffers, k_full, k_free)
-        v_source = (v_desc, v_buffers, v_full, v_free)
+        k_source = (k_desc, k_buffers, k_full, k_free, k_groups)
+        v_source = (v_desc, v_buffers, v_full, v_free, v_groups)
         if SHARES == 1:
             gl.warp_specialize(
                 [
@@ -272,7 +292,19 @@ def prefill_kernel(
                     ),
                     (
                         produce,
-                        (fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, False, VARLEN, LEFT, PAGE_ROWS),
+                        (
+                            fetch,
+                            HEAD_DIM,
+                            HEAD_DIM_V,
+                            BLOCK_N,
+                            2,
+                            STAGES,
+                            False,
+                            VARLEN,
+                            LEFT,
+                            PAGE_ROWS,
+                            k_groups,
+                        ),
                     ),
                     (assist, (fetch, v_source, HEAD_DIM_V, 2, VARLEN, LEFT, PAGE_ROWS, 0, 1)),
                 ],
@@ -292,7 +324,20 @@ def prefill_kernel(
                     ),
                     (
                         produce,
-                        (fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, False, VARLEN, LEFT, PAGE_ROWS, 2),
+                        (
+                            fetch,
+                            HEAD_DIM,
+                            HEAD_DIM_V,
+                            BLOCK_N,
+                            2,
+                            STAGES,
+                            False,
+                            VARLEN,
+                            LEFT,
+                            PAGE_ROWS,
+                            k_groups,
+                            2,
+                        ),
                     ),
                     (assist, (fetch, k_source, HEAD_DIM, 2, VARLEN, LEFT, PAGE_ROWS, 1, 2)),
                     (assist, (fetch, v_source, HEAD_DIM_V, 2, VARLEN, LEFT, PAGE_ROWS, 0, 2)),

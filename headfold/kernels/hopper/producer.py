@@ -35,6 +35,7 @@ def produce(
     VARLEN: gl.constexpr,
     LEFT: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
+    k_groups=0,
     SHARES: gl.constexpr = 1,
 ):
     """Walk this program's tiles, each from its last block to its first."""
@@ -90,8 +91,8 @@ def produce(
             fetch_rows(q_desc, q_batch, head, row, q_full.index(slot), q_buffers, slot, HEAD_DIM)
         if PAGE_ROWS > 0:
             following, count = fetch_blocks(
-                (k_desc, k_buffers, k_full, k_free), pages, entry, kv_head, low, blocks, sk, counter, programs, number,
-                count, HEAD_DIM, PAGE_ROWS, 0, SHARES, True,
+                (k_desc, k_buffers, k_full, k_free, k_groups), pages, entry, kv_head, low, blocks, sk, counter, programs,
+                number, count, HEAD_DIM, PAGE_ROWS, 0, SHARES, True,
             )  # fmt: skip
         else:
             for i in range(blocks):
