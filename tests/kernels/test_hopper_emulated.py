@@ -203,7 +203,7 @@ def test_boxes_lie_in_pages_of_the_sequence(monkeypatch: pytest.MonkeyPatch, d: 
     def recorded(self: Descriptor, corner: list[int]) -> torch.Tensor:
         if len(corner) == 5:  # whole rows, in groups of 8 that are counted across pages
             page, group = divmod(corner[1], page_size // 8)
-            boxes.append((max(page, -1), 8 * group, 8 * self.block_shape[1]))
+            boxes.append((page, 8 * group, 8 * self.block_shape[1]))
         elif self.sizes[0] == x.k.shape[0]:
             boxes.append((corner[0], corner[2], self.block_shape[2]))
         return box(self, corner)

@@ -5,7 +5,7 @@ from headfold.kernels.hopper.consumer import consume
 from headfold.kernels.hopper.copies import produce_rows
 from headfold.kernels.hopper.layouts import GROUP_ROWS, columns_in_memory, first_part, hold, shared_layout
 from headfold.kernels.hopper.masked import consume_masked
-from headfold.kernels.hopper.pages import assist, sharers
+from headfold.kernels.hopper.pages import apart, fetch_values
 from headfold.kernels.hopper.producer import produce
 from headfold.kernels.hopper.schedule import LETTER
 
@@ -146,15 +146,12 @@ def prefill_kernel(
     mail = gl.allocate_shared_memory(gl.int32, [2 * LETTER, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = barriers(Q_STAGES * GROUPS, 1)
     q_free = barriers(Q_STAGES * GROUPS, 1)
-    # Warps that fetch K, and as many V.
-    SHARES: gl.constexpr = sharers(PAGE_ROWS) if PAGE_ROWS > 1 else 1
-    PRODUCERS: gl.constexpr = 2 * SHARES if PAGE_ROWS > 1 else 1
-    k_full = barriers(STAGES, SHARES)
+    k_full = barriers(STAGES, 1)
     k_free = barriers(STAGES, GROUPS)
-    v_full = barriers(VALUES, SHARES)
+    v_full = barriers(VALUES, 1)
     v_free = barriers(VALUES, GROUPS)
     posted = barriers(2, 1)
-    taken = barriers(2, GROUPS + PRODUCERS - 1)
+    taken = barriers(2, GROUPS + apart(PAGE_ROWS))
     turns = barriers(GROUPS, 1)
     mask_buffers = k_buffers[0]  # not used without a mask
     if MASKED:
@@ -276,76 +273,39 @@ def prefill_kernel(
             [4, 4],
             [232, 40],
         )
-    elif PAGE_ROWS > 1:
-        k_source = (k_desc, k_buffers, k_full, k_free, k_groups)
+    elif apart(PAGE_ROWS):
         v_source = (v_desc, v_buffers, v_full, v_free, v_groups)
-        if SHARES == 1:
-            gl.warp_specialize(
-                [
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                ),
+                (
+                    consume,
+                    (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                ),
+                (
+                    produce,
                     (
-                        consume,
-                        (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
+                        fetch,
+                        HEAD_DIM,
+                        HEAD_DIM_V,
+                        BLOCK_N,
+                        2,
+                        STAGES,
+                        False,
+                        VARLEN,
+                        LEFT,
+                        PAGE_ROWS,
+                        k_groups,
                     ),
-                    (
-                        consume,
-                        (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
-                    ),
-                    (
-                        produce,
-                        (
-                            fetch,
-                            HEAD_DIM,
-                            HEAD_DIM_V,
-                            BLOCK_N,
-                            2,
-                            STAGES,
-                            False,
-                            VARLEN,
-                            LEFT,
-                            PAGE_ROWS,
-                            k_groups,
-                        ),
-                    ),
-                    (assist, (fetch, v_source, HEAD_DIM_V, 2, VARLEN, LEFT, PAGE_ROWS, 0, 1)),
-                ],
-                [4, 1, 1],
-                [240, 32, 32],
-            )
-        else:
-            gl.warp_specialize(
-                [
-                    (
-                        consume,
-                        (0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
-                    ),
-                    (
-                        consume,
-                        (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
-                    ),
-                    (
-                        produce,
-                        (
-                            fetch,
-                            HEAD_DIM,
-                            HEAD_DIM_V,
-                            BLOCK_N,
-                            2,
-                            STAGES,
-                            False,
-                            VARLEN,
-                            LEFT,
-                            PAGE_ROWS,
-                            k_groups,
-                            2,
-                        ),
-                    ),
-                    (assist, (fetch, k_source, HEAD_DIM, 2, VARLEN, LEFT, PAGE_ROWS, 1, 2)),
-                    (assist, (fetch, v_source, HEAD_DIM_V, 2, VARLEN, LEFT, PAGE_ROWS, 0, 2)),
-                    (assist, (fetch, v_source, HEAD_DIM_V, 2, VARLEN, LEFT, PAGE_ROWS, 1, 2)),
-                ],
-                [4, 1, 1, 1, 1],
-                [240, 32, 32, 32, 32],
-            )
+                ),
+                (fetch_values, (fetch, v_source, HEAD_DIM_V, 2, VARLEN, LEFT, PAGE_ROWS)),
+            ],
+            [4, 1, 1],
+            [240, 32, 32],
+        )
     elif GROUPS == 2:
         gl.warp_specialize(
             [
@@ -357,7 +317,23 @@ def prefill_kernel(
                     consume,
                     (1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT),
                 ),
-                (produce, (fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, False, VARLEN, LEFT, 0)),
+                (
+                    produce,
+                    (
+                        fetch,
+                        HEAD_DIM,
+                        HEAD_DIM_V,
+                        BLOCK_N,
+                        2,
+                        STAGES,
+                        False,
+                        VARLEN,
+                        LEFT,
+                        PAGE_ROWS,
+                        k_groups,
+                        v_groups,
+                    ),
+                ),
             ],
             [4, 1],
             [240, 24],

@@ -2,7 +2,7 @@
 
 from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load
 from headfold.kernels.hopper.layouts import columns_in_memory
-from headfold.kernels.hopper.pages import boxes_of, fetch_blocks
+from headfold.kernels.hopper.pages import apart, boxes_of, fetch_block, look_up_block
 from headfold.kernels.hopper.schedule import last_place, publish, sign_off, take
 from headfold.kernels.hopper.spans import find, locate, sequence, tile_blocks
 
@@ -36,7 +36,7 @@ def produce(
     LEFT: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
     k_groups=0,
-    SHARES: gl.constexpr = 1,
+    v_groups=0,
 ):
     """Walk this program's tiles, each from its last block to its first."""
     (
@@ -64,6 +64,8 @@ def produce(
     BITS: gl.constexpr = k_desc.dtype.primitive_bitwidth
     ROW_BYTES: gl.constexpr = columns_in_memory(HEAD_DIM, BITS) * BITS // 8
     ROW_BYTES_V: gl.constexpr = columns_in_memory(HEAD_DIM_V, BITS) * BITS // 8
+    k_source = (k_desc, k_buffers, k_full, k_free, k_groups)
+    v_source = (v_desc, v_buffers, v_full, v_free, v_groups)
     programs = gl.num_programs(0)
     number = gl.program_id(0)
     turn = 0
@@ -89,20 +91,27 @@ def produce(
             mbarrier.wait(q_free.index(slot), ((turn // Q_STAGES) & 1) ^ 1)
             mbarrier.expect(q_full.index(slot), ROWS * ROW_BYTES)
             fetch_rows(q_desc, q_batch, head, row, q_full.index(slot), q_buffers, slot, HEAD_DIM)
-        if PAGE_ROWS > 0:
-            following, count = fetch_blocks(
-                (k_desc, k_buffers, k_full, k_free, k_groups), pages, entry, kv_head, low, blocks, sk, counter, programs,
-                number, count, HEAD_DIM, PAGE_ROWS, 0, SHARES, True,
-            )  # fmt: skip
-        else:
-            for i in range(blocks):
-                if i == gl.minimum(
-                    blocks - 1, STAGES
-                ):  # the answer takes a microsecond, and the buffers are full
-                    following = take(counter, programs)
-                key = low + (blocks - 1 - i) * BLOCK_N
-                stage = count % STAGES
-                phase = ((count // STAGES) & 1) ^ 1
+        # A block ahead where V has a producer of its own, else in front of the wait.
+        ahead = (0, 0)
+        if apart(PAGE_ROWS):
+            ahead = look_up_block(k_source, pages, entry, low + (blocks - 1) * BLOCK_N, sk, PAGE_ROWS)
+        for i in range(blocks):
+            if i == gl.minimum(
+                blocks - 1, STAGES
+            ):  # the answer takes a microsecond, and the buffers are full
+                following = take(counter, programs)
+            key = low + (blocks - 1 - i) * BLOCK_N
+            stage = count % STAGES
+            phase = ((count // STAGES) & 1) ^ 1
+            if apart(PAGE_ROWS):
+                where = ahead
+                fetch_block(k_source, where, pages, kv_head, count, HEAD_DIM)
+                ahead = look_up_block(k_source, pages, entry, key - BLOCK_N, sk, PAGE_ROWS)
+            elif PAGE_ROWS > 0:
+                where = look_up_block(k_source, pages, entry, key, sk, PAGE_ROWS)
+                fetch_block(k_source, where, pages, kv_head, count, HEAD_DIM)
+                fetch_block(v_source, where, pages, kv_head, count, HEAD_DIM_V)
+            else:
                 mbarrier.wait(k_free.index(stage), phase)
                 if MASKED:
                     mbarrier.expect(
@@ -125,7 +134,7 @@ def produce(
                 fetch_rows(
                     v_desc, k_batch, kv_head, k_first + key, v_full.index(stage), v_buffers, stage, HEAD_DIM_V
                 )
-                count += 1
+            count += 1
         turn += 1
         number = following
     publish(-1, (0, 0, 0, 0), (0, 0, 0), turn, mail, posted, taken, VARLEN)
