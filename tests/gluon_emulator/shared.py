@@ -170,8 +170,10 @@ def allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
 
 def fence() -> None:
     """Order the running thread's ordinary accesses with the copy engine's and the tensor cores', once a barrier follows."""
-    current().step()
-    for one in current().unsettled:
+    thread = current()
+    thread.step()
+    thread.fenced = dict(thread.clock)
+    for one in thread.unsettled:
         one.settled = 1
 
 

@@ -46,6 +46,7 @@ def attend(
     GROUP: gl.constexpr,
     GROUPS: gl.constexpr,
     EARLY: gl.constexpr,
+    COPIED: gl.constexpr = False,
 ):
     """Blocks blocks[0]-1 down to blocks[1], the weights of the one before them at hand."""
     words, acc, row_max, row_sum = state
@@ -61,12 +62,16 @@ def attend(
         older = (count - 1) % VALUES
         if OVERLAP:
             mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+            if COPIED:
+                fence_async_shared()
             if IN_TURN:
                 mbarrier.wait(v_full.index(older), ((count - 1) // VALUES) & 1)
                 wait_turn(turns, count, GROUP)
             scores = issue_scores(query, operands(k_buffers, stage, BLOCK_N, HEAD_DIM), BLOCK_N)
             if not IN_TURN:
                 mbarrier.wait(v_full.index(older), ((count - 1) // VALUES) & 1)
+            if COPIED:
+                fence_async_shared()
             values = operands(v_buffers, older, BLOCK_N, HEAD_DIM_V)
             acc = issue_values(softmax.unpack(words, query[0].dtype), values, acc)
             if IN_TURN:
@@ -292,7 +297,8 @@ def consume(
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces.
 
-    COPIED: rows before the first key that a tile sees come as zeros.
+    COPIED: keys and values come by ordinary copies, which a fence must part from products, and rows before the first key that a
+    tile sees as zeros.
     """
     reads, bars, letters, Out, Lse, lengths, bottom_right, window, scale_log2 = common
     q_buffers, k_buffers, v_buffers, staging = reads
@@ -319,6 +325,8 @@ def consume(
         q_done = q_free.index(q_slot)
         mbarrier.wait(q_full.index(q_slot), (turn // Q_STAGES) & 1)
         mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+        if COPIED:
+            fence_async_shared()
         if IN_TURN:
             wait_turn(turns, count, GROUP)
         scores = issue_scores(query, operands(k_buffers, stage, BLOCK_N, HEAD_DIM), BLOCK_N)
@@ -344,22 +352,24 @@ def consume(
         # Blocks that some row does not see in full lie at both ends.
         state, count = attend(
             state, query, k_buffers, v_buffers, flow, q_done, count, (blocks - 1, right), low, sk, own + shift, window,
-            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS, EARLY,
+            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS, EARLY, COPIED,
         )  # fmt: skip
         state, count = attend(
             state, query, k_buffers, v_buffers, flow, q_done, count, (right, left), low, sk, own + shift, window,
-            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, False, LEFT, GROUP, GROUPS, EARLY,
+            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, False, LEFT, GROUP, GROUPS, EARLY, COPIED,
         )  # fmt: skip
         if LEFT:
             state, count = attend(
                 state, query, k_buffers, v_buffers, flow, q_done, count, (left, 0), low, sk, own + shift, window,
-                scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS, EARLY,
+                scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, GROUP, GROUPS, EARLY, COPIED,
             )  # fmt: skip
         if not EARLY and not SHARED:
             mbarrier.arrive(q_done, count=1)
         words, acc, row_max, row_sum = state
         older = (count - 1) % VALUES
         mbarrier.wait(v_full.index(older), ((count - 1) // VALUES) & 1)
+        if COPIED:
+            fence_async_shared()
         values = operands(v_buffers, older, BLOCK_N, HEAD_DIM_V)
         if LEFT and not COPIED:
             if start > low:

@@ -2,6 +2,7 @@
 
 from headfold.kernels.hopper.compat import fence_async_shared, gl, gluon, mbarrier
 from headfold.kernels.hopper.consumer import consume
+from headfold.kernels.hopper.copies import WARPS as COPYING_WARPS
 from headfold.kernels.hopper.copies import produce_rows
 from headfold.kernels.hopper.layouts import GROUP_ROWS, columns_in_memory, first_part, hold, shared_layout
 from headfold.kernels.hopper.masked import consume_masked
@@ -146,9 +147,11 @@ def prefill_kernel(
     mail = gl.allocate_shared_memory(gl.int32, [2 * LETTER, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = barriers(Q_STAGES * GROUPS, 1)
     q_free = barriers(Q_STAGES * GROUPS, 1)
-    k_full = barriers(STAGES, 1)
+    # Every lane that copies rows arrives for itself.
+    ARRIVALS: gl.constexpr = 32 * COPYING_WARPS if PAGE_ROWS == 1 else 1
+    k_full = barriers(STAGES, ARRIVALS)
     k_free = barriers(STAGES, GROUPS)
-    v_full = barriers(VALUES, 1)
+    v_full = barriers(VALUES, ARRIVALS)
     v_free = barriers(VALUES, GROUPS)
     posted = barriers(2, 1)
     taken = barriers(2, GROUPS + apart(PAGE_ROWS))
