@@ -20,6 +20,7 @@ import torch
 
 from headfold import backends
 from headfold.append import AppendInputs
+from headfold.appending import AppendingInputs, plan_of
 from headfold.planner import DEVICES, Device
 from headfold.problem import DTYPES, MAX_HEAD_DIM, Inputs
 
@@ -157,6 +158,39 @@ def appends_of(model: Model) -> Iterator[AppendInputs]:
         yield AppendInputs(k_pages, v_pages, k, v, page_table=_meta(batch, 256), **facts)
 
 
+def steps_of(model: Model) -> Iterator[AppendingInputs]:
+    """Decoding steps that append in the attention's launch, dense and paged, with the model's rotation and without."""
+    heads, kv_heads, d, dv, dtype = (
+        model.num_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        model.head_dim_v,
+        model.dtype,
+    )
+    for batch, rotated in itertools.product(BATCHES, (False, True)):
+        if rotated and not model.rotary_dim:
+            continue
+        lengths = _meta(batch)
+        angles = _meta(4096, model.rotary_dim // 2, dtype=dtype) if rotated else None
+        facts: dict[str, Any] = {
+            "seqused_k": lengths,
+            "new_k": _meta(batch, 1, kv_heads, d, dtype=dtype),
+            "new_v": _meta(batch, 1, kv_heads, dv, dtype=dtype),
+            "rotary_cos": angles,
+            "rotary_sin": angles,
+            "rotary_positions": lengths if rotated else None,
+            "rotary_interleaved": False,
+            "window_right": 0,
+            "softcap": model.softcap,
+            "sink": _meta(heads, dtype=dtype) if model.sinks else None,
+        }
+        q = _meta(batch, 1, heads, d, dtype=dtype)
+        k, v = (_meta(batch, 4096, kv_heads, n, dtype=dtype) for n in (d, dv))
+        k_pages, v_pages = (_meta(batch * 256, PAGE, kv_heads, n, dtype=dtype) for n in (d, dv))
+        yield AppendingInputs(q, k, v, **facts)
+        yield AppendingInputs(q, k_pages, v_pages, page_table=_meta(batch, 256), **facts)
+
+
 def _attentions(model: Model) -> Iterator[Callable[[], None]]:
     for x in calls_of(model):
         out, lse = _meta(*x.out_shape, dtype=x.q.dtype), _meta(*x.lse_shape, dtype=torch.float32)
@@ -169,6 +203,17 @@ def _appends(model: Model) -> Iterator[Callable[[], None]]:
     for x in appends_of(model):
         lengths, turned = _meta(x.batch), _meta(0, dtype=x.k.dtype)
         yield partial(prepare(x, lengths, turned), x, lengths, turned)
+
+
+def _steps(model: Model) -> Iterator[Callable[[], None]]:
+    """Where the GPU's decode kernel appends; else a step is an append and an attention."""
+    from headfold.backends.triton import prepare
+
+    for x in steps_of(model):
+        plan = plan_of(x)
+        if plan is not None:
+            out, lse = _meta(*x.out_shape, dtype=x.q.dtype), _meta(*x.lse_shape, dtype=torch.float32)
+            yield partial(prepare(plan, x, out, lse), x, out, lse)
 
 
 def device_of_arch(arch: str) -> Device:
@@ -216,7 +261,7 @@ def precompile(model: Model, arch: str, cache: Path, progress: Callable[[str], N
         compile_only() as done,
     ):
         knobs.cache.dir = str(cache.absolute())
-        for launch in itertools.chain(_attentions(model), _appends(model)):
+        for launch in itertools.chain(_attentions(model), _appends(model), _steps(model)):
             launch()
             for name, kernel in done:
                 if kernel.hash not in seen:

@@ -107,6 +107,18 @@ def test_calls_hold_no_memory_and_pass_the_checks() -> None:
     assert len(list(precompile.appends_of(model))) > 0
 
 
+def test_steps_of_a_hopper_gpu_append_in_the_attentions_launch() -> None:
+    """Dense and paged, rotated and not; other GPUs have a launch for each."""
+    from headfold import appending, backends
+
+    model = Model(8, 2, 64, 64, torch.bfloat16, rotary_dim=64)
+    for device, inside in (("h200", True), ("a100", False)):
+        with backends.force(precompile.DEVICES[device]):
+            plans = [appending.plan_of(x) for x in precompile.steps_of(model)]
+        assert len(plans) == 4 * len(precompile.BATCHES)
+        assert all((plan is not None) == inside for plan in plans)
+
+
 COMPILE = """
 import json, sys, torch
 from pathlib import Path

@@ -10,7 +10,7 @@ import torch
 from headfold.backends.besides import address, division, kind
 from headfold.backends.launch import Launcher, compile_instead, compiling
 from headfold.kernels.hopper.compat import TensorDescriptor
-from headfold.kernels.hopper.layouts import shared_layout
+from headfold.kernels.hopper.layouts import groups_layout, shared_layout
 from headfold.kernels.hopper.prefill import MAX_REGISTERS, prefill_kernel
 from headfold.kernels.tile_list import CHUNK, tile_list_kernel
 from headfold.planner.hopper import GROUP_ROWS, query_stages
@@ -96,10 +96,18 @@ def launch_arguments(
     scale, cap_factor = max(x.scale, NO_SCALE), 0.0
     if plan.softcap:
         scale, cap_factor = 2 * x.softcap, 2 * math.log2(math.e) * x.scale / x.softcap
+    grouped = plan.page_rows > 1 and whole(k, piece) and whole(v, piece)
+    if grouped:
+        k_boxes, v_boxes = (groups(t, rows_of_box, piece) for t in (k, v))
+    else:
+        k_boxes, v_boxes = (
+            None if copied else boxes(t, rows_of_box, piece if plan.page_rows else one)
+            for t, one in ((k, width), (v, width_v))
+        )
     arguments = (
         boxes(q, rows, width),
-        None if copied else boxes(k, rows_of_box, piece if plan.page_rows else width),
-        None if copied else boxes(v, rows_of_box, piece if plan.page_rows else width_v),
+        k_boxes,
+        v_boxes,
         mask,
         boxes(by_head(out), rows, _box_columns(plan, piece)) if _sent(plan, x) else None,
         out,
@@ -127,6 +135,7 @@ def launch_arguments(
         0 if x.page_table is None else x.page_table.stride(0),
         k.shape[2],
         keys // (plan.page_rows or keys),
+        *(t.stride(0) // (8 * t.stride(2)) if grouped else 0 for t in (k, v)),
         *((x.k, x.v) if copied else (None, None)),
         *(t.stride(i) // 8 for t in (k, v) for i in (0, 2, 1)),
         tile_list,
@@ -146,6 +155,7 @@ def launch_arguments(
         "SOFTCAP": plan.softcap,
         "PAGE_ROWS": plan.page_rows,
         "FAR": plan.far,
+        "GROUPED": grouped,
         "GROUPS": consumers,
         "num_warps": 4,
         "maxnreg": MAX_REGISTERS[consumers],
@@ -189,6 +199,23 @@ def boxes(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     strides[3] = 1
     layout = shared_layout(rows, columns, t.element_size() * 8, 4)
     return TensorDescriptor(t, list(t.shape), strides, [1, 1, rows, columns], layout)
+
+
+def whole(t: torch.Tensor, piece: int) -> bool:
+    """Whether one box can bring whole rows of a page of a cache (pages, heads, rows, columns)."""
+    return t.shape[3] in (piece, 2 * piece, 4 * piece) and t.stride(0) % (8 * t.stride(2)) == 0
+
+
+def groups(t: torch.Tensor, rows: int, piece: int) -> TensorDescriptor:
+    """A descriptor for boxes of `rows` whole rows of a paged cache, in groups of 8 that are counted across pages."""
+    per_page = t.stride(0) // (8 * t.stride(2))
+    count = (t.shape[0] - 1) * per_page + t.shape[2] // 8
+    pieces = t.shape[3] // piece
+    shape = [t.shape[1], count, pieces, 8, piece]
+    head = t.stride(1) if t.shape[1] > 1 else 8
+    strides = [head, 8 * t.stride(2), piece, t.stride(2), 1]
+    layout = groups_layout(t.element_size() * 8)
+    return TensorDescriptor(t, shape, strides, [1, rows // 8, pieces, 8, piece], layout)
 
 
 def _unexpanded(mask: torch.Tensor) -> torch.Tensor:

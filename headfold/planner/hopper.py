@@ -28,7 +28,7 @@ COPY_STAGES = 3
 # Boxes lie in shared memory at multiples of 8 rows, the period of its swizzling.
 FEWEST_PAGE_ROWS = 8
 # The prefill copies keys row by row where their boxes would have fewer keys.
-COPIED_BELOW = 16
+COPIED_BELOW = 8
 # With a left edge a tile's first block begins at a multiple of so many keys (`kernels/hopper/spans.py`).
 EDGE = 16
 # Of the words that `headfold/extras.py` has for what calls ask, what the prefill can do: always, and without a mask in memory.

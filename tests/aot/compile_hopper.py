@@ -51,7 +51,7 @@ def variants() -> dict[str, Inputs]:
     found["d64/64 lengths of queries, long"] = long = call(64, 64, length=12288)
     long.seqused_q = torch.empty(2, dtype=torch.int32)
     for d, dv in PAGED_DIMS:
-        for page_size in (1, 16, 64) if d in (64, 128, 256) else (8, 64):
+        for page_size in (1, 8, 16, 64) if d in (64, 128, 256) else (8, 64):
             found[f"d{d}/{dv} pages of {page_size}"] = paged(d, dv, page_size)
         found[f"d{d}/{dv} left window"] = left = call(d, dv)
         left.window_left = 100
@@ -135,10 +135,9 @@ def compiled_decode(x: Inputs) -> tuple[Plan, Any]:
     return plan, dict(done)["hopper_decode_kernel"]
 
 
-def block_loop_spills(kernel: Any, decode: bool = False) -> int:
-    """Local loads and stores in the loops over blocks: the innermost ones that hold products, and those that hold some
-    of the copies but not all, as the prefill producer's loop over tiles does; of a decode, whose producer fetches nothing
-    else, the innermost one that holds all copies."""
+def block_loop_spills(kernel: Any) -> int:
+    """Local loads and stores in the loops over blocks: the innermost ones that hold products, and of those that hold
+    copies and no product the ones that lie in another, which is a producer's loop over tiles."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -159,10 +158,8 @@ def block_loop_spills(kernel: Any, decode: bool = False) -> int:
     inner = [
         (a, b) for a, b in holding if not any((c, d) != (a, b) and a <= c and d <= b for c, d in holding)
     ]
-    held = {(a, b): sum(a <= c <= b for c in copies) for a, b in loops}
-    fetching = [loop for loop, n in held.items() if 0 < n < len(copies)]
-    if decode:
-        fetching = [min((loop for loop, n in held.items() if n == len(copies)), key=lambda ab: ab[1] - ab[0])]
+    copying = [(a, b) for a, b in set(loops) - set(holding) if any(a <= c <= b for c in copies)]
+    fetching = [(a, b) for a, b in copying if any((c, d) != (a, b) and c <= a and b <= d for c, d in copying)]
     assert inner
     assert fetching
     spills = [address for address, text in code if re.search(r"\b(STL|LDL)\b", text)]
@@ -180,7 +177,7 @@ def figures_of(task: tuple[bool, str]) -> tuple[str, dict[str, Any]]:
     return name, {
         **figures(kernel, 90),
         **planned,
-        "block_loop_spills": block_loop_spills(kernel, decode),
+        "block_loop_spills": block_loop_spills(kernel),
     }
 
 

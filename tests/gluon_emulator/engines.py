@@ -174,7 +174,7 @@ def warpgroup_mma(
     for one in (a, b):
         if isinstance(one, Shared):
             low, high = one.interval()
-            one.history.meet("product", low, high, thread.clock, thread.name)
+            one.history.meet("product", low, high, thread.clock, thread.name, thread.fenced)
             reads.append(one.history.add(Access("product", low, high, thread.name, None)))
 
     def compute() -> torch.Tensor:

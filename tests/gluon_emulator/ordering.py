@@ -56,8 +56,13 @@ class History:
         self.name = name
         self.accesses: list[Access] = []
 
-    def meet(self, kind: str, low: int, high: int, clock: Clock, me: Any) -> None:
-        """Raise if an access of `kind` by `me` at `clock` collides with an earlier one."""
+    def meet(
+        self, kind: str, low: int, high: int, clock: Clock, me: Any, fenced: Clock | None = None
+    ) -> None:
+        """Raise if an access of `kind` by `me` at `clock` collides with an earlier one.
+
+        `fenced` is its clock at its last proxy fence: pieces that had landed by then need no fence by those who issued them.
+        """
         for one in self.accesses:
             if not one.overlaps(low, high):
                 continue
@@ -66,6 +71,8 @@ class History:
                 raise RaceError(f"{what} is not ordered after the {one.kind} by {one.actor}")
             mine = one.kind == "piece" or (one.kind == "store" and one.actor == me)
             proxies = kind == "copy" or (kind in ("product", "send") and mine)
+            if kind == "product" and one.kind == "piece" and one.before(fenced or {}):
+                continue
             if proxies and one.kind in ("load", "store", "piece") and one.settled < 2:
                 missing = "fence_async_shared" if one.settled == 0 else "barrier after the fence"
                 raise RaceError(f"{what} follows the {one.kind} by {one.actor} without a {missing}")

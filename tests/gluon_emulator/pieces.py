@@ -1,14 +1,15 @@
 """`cp.async`: copies in pieces that a partition's lanes issue themselves, and wait for by groups.
 
 They are written at random moments until a wait says that they have landed, and are ordinary stores of those lanes from
-then on: products may read what they wrote after a proxy fence and a barrier.
+then on: products may read what they wrote after a proxy fence and a barrier. Or an mbarrier counts them when they have
+landed, and the fence is sent by those who waited for it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from tests.gluon_emulator import language
+from tests.gluon_emulator import barriers, language
 from tests.gluon_emulator.ordering import Access, join
 from tests.gluon_emulator.scheduler import current
 from tests.gluon_emulator.shared import Shared
@@ -36,6 +37,27 @@ def copy_to_shared(result: Shared, pointer: Pointer, mask: Tensor | None = None)
 
     thread.pieces.append((event, access))
     thread.scheduler.events.append(event)
+
+
+def mbarrier_arrive(bar: Shared, increment_count: bool = True) -> None:
+    """Let every lane arrive when the copies issued so far have landed. Who waits for that must send a proxy fence."""
+    if increment_count:
+        raise NotImplementedError("arrivals that the barrier does not count on")
+    thread = current()
+    thread.step()
+    one, clock, before = barriers.of(bar), thread.release(), list(thread.pieces)
+    thread.pieces = []
+    for _, access in before:
+        join(clock, {access.actor: access.epoch})
+    events: list[Any] = thread.scheduler.events
+
+    def arrived() -> bool:
+        if any(event in events for event, _ in before):
+            return False
+        one.arrive(32 * thread.warps, clock)
+        return True
+
+    events.append(arrived)
 
 
 def commit_group() -> None:

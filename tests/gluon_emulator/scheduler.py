@@ -44,6 +44,7 @@ class Thread:
         self.waits_for: Any = ""
         self.finished = False
         self.clock: Clock = {name: 1}
+        self.fenced: Clock = {}  # its clock at its last proxy fence
         self.unsettled: list[Any] = []  # ordinary accesses without a proxy fence and a barrier behind them
         self.products: list[Any] = []  # asynchronous products in flight, the oldest first
         self.sent: list[Any] = []  # boxes on their way to global memory that no wait has seen read

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from triton.experimental.gluon import language as gl
 
+from headfold.kernels.hopper.layouts import grouped_layout
 from tests.gluon_emulator.ordering import Access, History
 from tests.gluon_emulator.scheduler import current
 from tests.gluon_emulator.values import GLUON, TORCH, Tensor, number
@@ -16,16 +18,26 @@ class Shared:
     """A view of shared memory. Swizzling is compared, not carried out: within a row elements lie in order.
 
     Rows longer than a swizzled one lie in memory as Hopper's do: one matrix (rows, columns of a swizzled row) after the
-    other. `data` has the shape of memory, (..., matrices, rows, columns) in that case.
+    other. `data` has the shape of memory, (..., matrices, rows, columns) in that case, and (groups of 8 rows, matrices, 8,
+    columns) of a matrix that is `grouped`.
     """
 
     def __init__(
-        self, data: torch.Tensor, layout: Any, history: History, pieces: bool, order: list[int] | None = None
+        self,
+        data: torch.Tensor,
+        layout: Any,
+        history: History,
+        pieces: bool,
+        order: list[int] | None = None,
+        grouped: bool = False,
     ) -> None:
         self.data, self.layout, self.history, self.pieces, self.order = data, layout, history, pieces, order
+        self.grouped = grouped
         self.dtype = GLUON[data.dtype]
         shape = list(data.shape)
-        if pieces:
+        if grouped:
+            shape = [shape[0] * shape[2], shape[1] * shape[3]]
+        elif pieces:
             shape = [*shape[:-3], shape[-2], shape[-3] * shape[-1]]
         self.shape = [shape[i] for i in order] if order else shape
         self.type = SimpleNamespace(shape=self.shape, layout=layout, element_ty=self.dtype)
@@ -36,13 +48,16 @@ class Shared:
 
     def read(self) -> torch.Tensor:
         """The elements in the order of their indices, now."""
-        found = self.data.movedim(-3, -2).flatten(-2) if self.pieces else self.data
+        found = self.data.movedim(-3, -2).flatten(-2) if self.pieces or self.grouped else self.data
+        found = found.flatten(0, 1) if self.grouped else found
         return (found.permute(self.order) if self.order else found).clone()
 
     def write(self, value: torch.Tensor) -> None:
         if self.order:
             raise NotImplementedError("a store into permuted memory")
-        if self.pieces:
+        if self.grouped:
+            value = value.unflatten(0, (self.data.shape[0], -1))
+        if self.pieces or self.grouped:
             value = value.unflatten(-1, (self.data.shape[-3], -1)).movedim(-2, -3)
         self.data.copy_(value)
 
@@ -54,14 +69,14 @@ class Shared:
         return first, first + (span + 1) * size
 
     def _part(self, data: torch.Tensor) -> Shared:
-        return Shared(data, self.layout, self.history, self.pieces, self.order)
+        return Shared(data, self.layout, self.history, self.pieces, self.order, self.grouped)
 
     def index(self, index: Any) -> Shared:
         """Element `index` of the first dimension."""
         i = int(number(index))
         if not 0 <= i < self.shape[0]:
             raise IndexError(f"buffer {i} of {self.history.name}, which has {self.shape[0]}")
-        if self.order or (self.pieces and self.rank == 2):
+        if self.order or self.grouped or (self.pieces and self.rank == 2):
             raise NotImplementedError(f"a row of {self!r}")
         return self._part(self.data[i])
 
@@ -71,26 +86,37 @@ class Shared:
             raise TypeError(f"slice({start!r}, {length!r}): a view of shared memory has constant bounds")
         if not 0 <= start <= start + length <= self.shape[dim]:
             raise IndexError(f"{start} to {start + length} of dimension {dim} of shape {self.shape}")
-        if self.order or (self.pieces and dim == self.rank - 1):
+        if self.order or ((self.pieces or self.grouped) and dim == self.rank - 1):
             raise NotImplementedError(f"a slice of the columns of {self!r}")
+        if self.grouped:
+            if start % 8 or length % 8:
+                raise NotImplementedError(f"rows {start} to {start + length} of groups of 8 rows")
+            return self._part(self.data.narrow(0, start // 8, length // 8))
         in_memory = dim + 1 if self.pieces and dim == self.rank - 2 else dim
         return self._part(self.data.narrow(in_memory, start, length))
 
     def permute(self, order: list[int]) -> Shared:
         if self.order:
             raise NotImplementedError("a permutation of permuted memory")
-        return Shared(self.data, self.layout, self.history, self.pieces, list(order))
+        return Shared(self.data, self.layout, self.history, self.pieces, list(order), self.grouped)
 
     def view_as(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
         """The same bytes, or the first of them, with another element type and shape; a swizzle must stay what it is."""
         if not self.data.is_contiguous() or self.order:
             raise ValueError(f"a view with gaps cannot be seen as {shape}")
-        mine, theirs = (getattr(one, "swizzle_byte_width", 0) for one in (self.layout, layout))
+        if grouped := isinstance(layout, gl.SharedLinearLayout):
+            if layout != grouped_layout(*shape) or TORCH[dtype].itemsize != 2:
+                raise NotImplementedError(f"{self!r} seen as {shape} of {dtype} with {layout}")
+        theirs = 128 if grouped else getattr(layout, "swizzle_byte_width", 0)
+        mine = 128 if self.grouped else getattr(self.layout, "swizzle_byte_width", 0)
         if mine != theirs:
             raise ValueError(f"memory swizzled by {mine} bytes cannot be seen as swizzled by {theirs}")
         data, count = self.data.flatten().view(TORCH[dtype]), torch.Size(shape).numel()
         if count > data.numel():
             raise ValueError(f"{self.shape} of {self.dtype} cannot be seen as {shape} of {dtype}")
+        if grouped:
+            in_memory = [shape[0] // 8, shape[1] // 64, 8, 64]
+            return Shared(data[:count].view(in_memory), layout, self.history, False, grouped=True)
         in_memory, pieces = shape_in_memory(shape, layout, dtype)
         return Shared(data[:count].view(in_memory), layout, self.history, pieces)
 
@@ -144,8 +170,10 @@ def allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
 
 def fence() -> None:
     """Order the running thread's ordinary accesses with the copy engine's and the tensor cores', once a barrier follows."""
-    current().step()
-    for one in current().unsettled:
+    thread = current()
+    thread.step()
+    thread.fenced = dict(thread.clock)
+    for one in thread.unsettled:
         one.settled = 1
 
 

@@ -172,7 +172,7 @@ def test_the_result_of_a_product_in_flight_cannot_be_used() -> None:
 
 
 @gluon.jit
-def fetch_pieces(Source, rows, blocks, buffers, full, free, FAULT: gl.constexpr):
+def fetch_pieces(Source, rows, blocks, buffers, full, free, FAULT: gl.constexpr, ARRIVING: gl.constexpr):
     """Blocks of 64 rows by `cp.async`; rows from `rows` on as zeros."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     column = gl.arange(0, 64, gl.SliceLayout(0, layout))
@@ -182,21 +182,30 @@ def fetch_pieces(Source, rows, blocks, buffers, full, free, FAULT: gl.constexpr)
             mbarrier.wait(free.index(i % 2), ((i // 2) & 1) ^ 1)
         pointers = Source + row[:, None] * 64 + column[None, :]
         copy_to_shared(buffers.index(i % 2), pointers, mask=(row < rows)[:, None])
-        async_copy.commit_group()
-        if FAULT != "no wait for the pieces":
-            async_copy.wait_group(0)
-        if FAULT != "no fence":
-            fence_async_shared()
-        if FAULT != "no barrier":
-            barrier()
-        mbarrier.arrive(full.index(i % 2))
+        if ARRIVING:
+            async_copy.mbarrier_arrive(full.index(i % 2), increment_count=False)
+        else:
+            async_copy.commit_group()
+            if FAULT != "no wait for the pieces":
+                async_copy.wait_group(0)
+            if FAULT != "no fence":
+                fence_async_shared()
+            if FAULT != "no barrier":
+                barrier()
+            mbarrier.arrive(full.index(i % 2))
 
 
 @gluon.jit
-def square_pieces(blocks, buffers, full, free, Out):
+def square_pieces(blocks, buffers, full, free, Out, FAULT: gl.constexpr, ARRIVING: gl.constexpr):
     for i in range(blocks):
         buffer = buffers.index(i % 2)
-        mbarrier.wait(full.index(i % 2), (i // 2) & 1)
+        if FAULT == "a fence too early":
+            fence_async_shared()
+        if FAULT != "no wait for the arrivals":
+            mbarrier.wait(full.index(i % 2), (i // 2) & 1)
+        if ARRIVING:
+            if FAULT != "no fence" and FAULT != "a fence too early":
+                fence_async_shared()
         zeros = gl.zeros([64, 64], gl.float32, accumulator(64))
         product = warpgroup_mma(buffer, buffer.permute([1, 0]), zeros, use_acc=False)
         mbarrier.arrive(free.index(i % 2))
@@ -204,30 +213,33 @@ def square_pieces(blocks, buffers, full, free, Out):
 
 
 @gluon.jit
-def pieces(Source, Out, rows, blocks, FAULT: gl.constexpr):
+def pieces(Source, Out, rows, blocks, FAULT: gl.constexpr, ARRIVING: gl.constexpr):
     buffers = gl.allocate_shared_memory(gl.float16, [2, 64, 64], shared_layout(64, 64, 16, 2))
-    full = bars(2)
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(full.index(i), count=32 if ARRIVING else 1)
     free = bars(2)
     gl.warp_specialize(
         [
-            (square_pieces, (blocks, buffers, full, free, Out)),
-            (fetch_pieces, (Source, rows, blocks, buffers, full, free, FAULT)),
+            (square_pieces, (blocks, buffers, full, free, Out, FAULT, ARRIVING)),
+            (fetch_pieces, (Source, rows, blocks, buffers, full, free, FAULT, ARRIVING)),
         ],
         [1],
         [24],
     )
 
 
-def run_pieces(fault: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def run_pieces(fault: str, seed: int, arriving: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     source, out = rand(6 * 64 - 5, 64), torch.empty(6 * 64, 64, dtype=torch.float16)
-    launch(pieces, 1, source, out, len(source), 6, seed=seed, FAULT=fault)
+    launch(pieces, 1, source, out, len(source), 6, seed=seed, FAULT=fault, ARRIVING=arriving)
     each = torch.cat([source, torch.zeros(5, 64, dtype=torch.float16)]).view(6, 64, 64).float()
     return out, (each @ each.mT).view(-1, 64).half()
 
 
-def test_copies_in_pieces_are_there_after_the_wait_for_them() -> None:
+@pytest.mark.parametrize("arriving", [False, True])
+def test_copies_in_pieces_are_there_after_the_wait_for_them(arriving: bool) -> None:
     for seed in SEEDS:
-        got, want = run_pieces("", seed)
+        got, want = run_pieces("", seed, arriving)
         assert torch.equal(got, want)
 
 
@@ -244,6 +256,21 @@ def test_races_of_pieces_are_found_in_every_schedule(fault: str, words: str) -> 
     for seed in SEEDS:
         with pytest.raises(RuntimeError, match=words):
             run_pieces(fault, seed)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("no fence", "product by .* follows the piece .* without a fence_async_shared"),
+        ("a fence too early", "product by .* follows the piece .* without a fence_async_shared"),
+        ("no wait for the arrivals", "is not ordered after|nobody can go on"),
+        ("no wait for the buffer", "is not ordered after|arrivals where|nobody can go on"),
+    ],
+)
+def test_races_of_pieces_that_arrive_are_found_in_every_schedule(fault: str, words: str) -> None:
+    for seed in SEEDS:
+        with pytest.raises(RuntimeError, match=words):
+            run_pieces(fault, seed, arriving=True)
 
 
 @gluon.jit

@@ -195,8 +195,8 @@ def test_pages_give_the_bits_of_rows(
         assert same(attend(in_pages(rows, lengths, page_size, shuffled=seed > 0, layout=layout), seed), want)
 
 
-@pytest.mark.parametrize("d", [128, 256])
-@pytest.mark.parametrize("page_size", [64, 192, 256])
+@pytest.mark.parametrize("d", [96, 128, 256])
+@pytest.mark.parametrize("page_size", [8, 64, 192, 256])
 def test_boxes_lie_in_pages_of_the_sequence(monkeypatch: pytest.MonkeyPatch, d: int, page_size: int) -> None:
     """What the copy engine is sent for: rows within a page of the sequence, or page -1 past the ends.
 
@@ -211,18 +211,21 @@ def test_boxes_lie_in_pages_of_the_sequence(monkeypatch: pytest.MonkeyPatch, d: 
     seen: set[int] = set()
     for pages, n in zip(x.page_table.tolist(), lengths, strict=True):
         seen |= set(pages[: -(-n // page_size)])
-    boxes: list[tuple[list[int], list[int]]] = []
+    boxes: list[tuple[int, int, int]] = []  # page, first row, rows
     box = Descriptor.box
 
     def recorded(self: Descriptor, corner: list[int]) -> torch.Tensor:
-        if self.sizes[0] == x.k.shape[0]:
-            boxes.append((corner, self.block_shape))
+        if len(corner) == 5:  # whole rows, in groups of 8 that are counted across pages
+            page, group = divmod(corner[1], page_size // 8)
+            boxes.append((page, 8 * group, 8 * self.block_shape[1]))
+        elif self.sizes[0] == x.k.shape[0]:
+            boxes.append((corner[0], corner[2], self.block_shape[2]))
         return box(self, corner)
 
     monkeypatch.setattr(Descriptor, "box", recorded)
     attend(x)
-    assert {corner[0] for corner, _ in boxes} == seen | {-1}
-    assert all(0 <= corner[2] <= page_size - shape[2] for corner, shape in boxes)
+    assert {page for page, _, _ in boxes} == seen | {-1}
+    assert all(0 <= row <= page_size - rows for _, row, rows in boxes)
 
 
 @pytest.mark.parametrize(("page_size", "left"), [(1, -1), (1, 40), (20, -1), (20, 40)])

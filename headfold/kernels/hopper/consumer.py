@@ -55,6 +55,7 @@ def attend(
     GROUP: gl.constexpr,
     GROUPS: gl.constexpr,
     EARLY: gl.constexpr,
+    COPIED: gl.constexpr = False,
 ):
     """Blocks blocks[0]-1 down to blocks[1], the weights of the one before them at hand."""
     words, acc, row_max, row_sum = state
@@ -71,12 +72,16 @@ def attend(
         older = (count - 1) % VALUES
         if OVERLAP:
             mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+            if COPIED:
+                fence_async_shared()
             if IN_TURN:
                 mbarrier.wait(v_full.index(older), ((count - 1) // VALUES) & 1)
                 wait_turn(turns, count, GROUP)
             scores = issue_scores(query, operands(k_buffers, stage, BLOCK_N, HEAD_DIM), BLOCK_N)
             if not IN_TURN:
                 mbarrier.wait(v_full.index(older), ((count - 1) // VALUES) & 1)
+            if COPIED:
+                fence_async_shared()
             values = operands(v_buffers, older, BLOCK_N, HEAD_DIM_V)
             acc = issue_values(softmax.unpack(words, query[0].dtype), values, acc)
             if IN_TURN:
@@ -231,7 +236,7 @@ def own_spans(
     (own first row, what to add to it for its key, first key that the tile sees, first key of its blocks, last blocks
     that are hidden from all own rows, blocks before those, which of them all own rows see in full: [left, right)).
     """
-    _, _, tile, _, _, sq, sk = letter
+    _, _, tile, _, _, sq, sk, _ = letter
     first = tile * (GROUP_ROWS * GROUPS)
     shift = (sk - sq) * bottom_right
     start, low, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, LEFT)
@@ -259,7 +264,8 @@ def consume(
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of every tile that the producer announces.
 
-    COPIED: rows before the first key that a tile sees come as zeros.
+    COPIED: keys and values come by ordinary copies, which a fence must part from products, and rows before the first key that a
+    tile sees as zeros.
     """
     reads, bars, letters, out_desc, Out, Lse, lengths, bottom_right, window, scales, sinks = common
     q_buffers, k_buffers, v_buffers, staging = reads
@@ -280,7 +286,7 @@ def consume(
     letter = receive(turn, lengths, mail, posted, taken, VARLEN)
     spans = own_spans(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, LEFT)
     while letter[0] >= 0:
-        _, head, _, q_batch, q_first, sq, sk = letter
+        _, head, _, q_batch, q_first, sq, sk, _ = letter
         own, shift, start, low, hidden, blocks, left, right = spans
         count = skip(hidden, count, flow, STAGES, VALUES, GROUP, GROUPS)
         stage = count % STAGES
@@ -289,6 +295,8 @@ def consume(
         q_done = q_free.index(q_slot)
         mbarrier.wait(q_full.index(q_slot), (turn // Q_STAGES) & 1)
         mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+        if COPIED:
+            fence_async_shared()
         if IN_TURN:
             wait_turn(turns, count, GROUP)
         scores = issue_scores(query, operands(k_buffers, stage, BLOCK_N, HEAD_DIM), BLOCK_N)
@@ -317,22 +325,24 @@ def consume(
         # Blocks that some row does not see in full lie at both ends.
         state, count = attend(
             state, query, k_buffers, v_buffers, flow, q_done, count, (blocks - 1, right), low, bounds, scales,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, SOFTCAP, GROUP, GROUPS, EARLY,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, SOFTCAP, GROUP, GROUPS, EARLY, COPIED,
         )  # fmt: skip
         state, count = attend(
             state, query, k_buffers, v_buffers, flow, q_done, count, (right, left), low, bounds, scales,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, False, LEFT, SOFTCAP, GROUP, GROUPS, EARLY,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, False, LEFT, SOFTCAP, GROUP, GROUPS, EARLY, COPIED,
         )  # fmt: skip
         if LEFT:
             state, count = attend(
                 state, query, k_buffers, v_buffers, flow, q_done, count, (left, 0), low, bounds, scales,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, SOFTCAP, GROUP, GROUPS, EARLY,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, True, LEFT, SOFTCAP, GROUP, GROUPS, EARLY, COPIED,
             )  # fmt: skip
         if not EARLY and not SHARED:
             mbarrier.arrive(q_done, count=1)
         words, acc, row_max, row_sum = state
         older = (count - 1) % VALUES
         mbarrier.wait(v_full.index(older), ((count - 1) // VALUES) & 1)
+        if COPIED:
+            fence_async_shared()
         values = operands(v_buffers, older, BLOCK_N, HEAD_DIM_V)
         if LEFT and not COPIED:
             if start > low:

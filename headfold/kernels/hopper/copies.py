@@ -1,16 +1,14 @@
 """The producer of small pages: four warps copy K and V row by row, where the copy engine's boxes would be too small.
 
-A row is `cp.async` pieces of 16 bytes, a lane each, into the swizzled buffers that boxes would go to. These copies write
-through the generic proxy and products read through the async one. So the lanes that issued them wait until they have
-landed, send a proxy fence and meet at a barrier before one of them tells the consumers. That takes as long as the copies
-do; a third buffer of V hides it.
+A row is `cp.async` pieces of 16 bytes, a lane each, into the swizzled buffers that boxes would go to. A lane arrives at a
+buffer's barrier when its copies have landed, without waiting for them. These copies write through the generic proxy and
+products read through the async one: the consumers send a proxy fence between the barrier and the product.
 """
 
 from headfold.kernels.hopper.compat import (
     async_copy,
     barrier,
     copy_to_shared,
-    fence_async_shared,
     gl,
     gluon,
     mbarrier,
@@ -131,6 +129,7 @@ def produce_rows(
                     keys, k_places, matrix(k_buffers[0].index(key), BLOCK_N, HEAD_DIM), k_free.index(key),
                     (((count + i) // STAGES) & 1) ^ 1, COLUMNS_K,
                 )  # fmt: skip
+                async_copy.mbarrier_arrive(k_full.index(key), increment_count=False)
             older = rows
             rows = find_rows(pages, entry, low + (blocks - 2 - i) * BLOCK_N, start, sk, BLOCK_N)
             if i > 0:
@@ -138,14 +137,8 @@ def produce_rows(
                     values, v_places, matrix(v_buffers[0].index(value), BLOCK_N, HEAD_DIM_V), v_free.index(value),
                     (((count + i - 1) // VALUES) & 1) ^ 1, COLUMNS_V,
                 )  # fmt: skip
-            async_copy.commit_group()
-            async_copy.wait_group(0)
-            fence_async_shared()
-            barrier()
-            if i < blocks:
-                mbarrier.arrive(k_full.index(key), count=1)
-            if i > 0:
-                mbarrier.arrive(v_full.index(value), count=1)
+                async_copy.mbarrier_arrive(v_full.index(value), increment_count=False)
+            barrier()  # all lanes have read where rows begin
             # The answer takes a microsecond, and the buffers are full.
             if i == gl.minimum(blocks, STAGES):
                 following = take(counter, programs)

@@ -4,7 +4,7 @@ import triton.language as tl
 
 from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load
 from headfold.kernels.hopper.decode_schedule import share
-from headfold.kernels.hopper.producer import fetch_pages, look_up
+from headfold.kernels.hopper.pages import fetch_pages, look_up
 
 
 @gluon.jit

@@ -15,6 +15,34 @@ def shared_layout(rows, columns, bits, rank):
 
 
 @gluon.constexpr_function
+def groups_layout(bits):
+    """Whole rows as boxes (heads, groups of 8 rows, pieces, 8, columns of a swizzled row) bring them."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=5)
+
+
+@gluon.constexpr_function
+def is_grouped(shape):
+    """Whether buffers of that shape, (buffers, groups, pieces, 8, 64), hold whole rows in groups of 8."""
+    return shape[3] == 8
+
+
+@gluon.constexpr_function
+def rows_of(shape):
+    """Rows of a buffer."""
+    return 8 * shape[1] if is_grouped(shape) else shape[3]
+
+
+@gluon.constexpr_function
+def grouped_layout(rows, columns):
+    """The same memory as a matrix of 16-bit elements: 8 rows of a swizzled row's 64 columns, the next 64 columns of those
+    8 rows, and so on, then the next 8 rows."""
+    bases = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32], [1, 8], [2, 16], [4, 32]]
+    bases += [[0, 64 << i] for i in range((columns // 64).bit_length() - 1)]
+    bases += [[8 << i, 0] for i in range((rows // 8).bit_length() - 1)]
+    return gl.SharedLinearLayout(bases, [], 1024)
+
+
+@gluon.constexpr_function
 def first_part(columns):
     """Columns of a head dimension's first part, the largest power of two; the rest are the second."""
     return 1 << (columns.bit_length() - 1)

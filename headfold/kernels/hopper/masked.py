@@ -94,7 +94,7 @@ def consume_masked(
     scale = scale_log2 * 0.6931471805599453
     turn = 0
     count = 0
-    number, head, tile, q_batch, q_first, sq, sk = receive(turn, lengths, mail, posted, taken, VARLEN)
+    number, head, tile, q_batch, q_first, sq, sk, _ = receive(turn, lengths, mail, posted, taken, VARLEN)
     while number >= 0:
         first = tile * (GROUP_ROWS * GROUPS)
         shift = (sk - sq) * bottom_right
@@ -160,4 +160,4 @@ def consume_masked(
         else:
             mbarrier.arrive(q_free.index(GROUP), count=1)
         turn += 1
-        number, head, tile, q_batch, q_first, sq, sk = receive(turn, lengths, mail, posted, taken, VARLEN)
+        number, head, tile, q_batch, q_first, sq, sk, _ = receive(turn, lengths, mail, posted, taken, VARLEN)

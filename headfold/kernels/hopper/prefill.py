@@ -2,9 +2,11 @@
 
 from headfold.kernels.hopper.compat import fence_async_shared, gl, gluon, mbarrier
 from headfold.kernels.hopper.consumer import consume
+from headfold.kernels.hopper.copies import WARPS as COPYING_WARPS
 from headfold.kernels.hopper.copies import produce_rows
 from headfold.kernels.hopper.layouts import GROUP_ROWS, columns_in_memory, first_part, hold, shared_layout
 from headfold.kernels.hopper.masked import consume_masked
+from headfold.kernels.hopper.pages import apart, fetch_values
 from headfold.kernels.hopper.producer import produce
 from headfold.kernels.hopper.schedule import LETTER
 
@@ -16,7 +18,7 @@ INTEGERS = (
     "has_cu_q has_cu_k has_used_q has_used_k sq sk bottom_right heads group tiles section units "
     "window_left window_right chunk chunk_magic chunk_shift sinks sink_kind mask_step_b mask_step_h "
     "out_stride_b out_stride_s out_stride_h lse_stride_b lse_stride_s lse_stride_h table_stride page_size boxes "
-    "k_stride_p k_stride_s k_stride_h v_stride_p v_stride_s v_stride_h"
+    "k_groups v_groups k_stride_p k_stride_s k_stride_h v_stride_p v_stride_s v_stride_h"
 ).split()
 
 # Read and written a number at a time: their alignment is no reason for another variant.
@@ -47,6 +49,18 @@ def buffers_of(dtype: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COL
             dtype, [COUNT, 1, 1, ROWS, REST], shared_layout(ROWS, REST, BITS, 4)
         )
     return first, second
+
+
+@gluon.jit
+def grouped_buffers(dtype: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """COUNT buffers for boxes of whole rows, as a tuple of one part."""
+    return (
+        gl.allocate_shared_memory(
+            dtype,
+            [COUNT, ROWS // 8, COLUMNS // 64, 8, 64],
+            gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 4),
+        ),
+    )
 
 
 @gluon.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
@@ -95,6 +109,8 @@ def prefill_kernel(
     table_stride: gl.int64,
     page_size: gl.int32,
     boxes: gl.int32,
+    k_groups: gl.int32,
+    v_groups: gl.int32,
     K,
     V,
     k_stride_p: gl.int64,
@@ -119,26 +135,34 @@ def prefill_kernel(
     SOFTCAP: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
     FAR: gl.constexpr,
+    GROUPED: gl.constexpr,
     GROUPS: gl.constexpr,
 ):
     """Grid: one program a multiprocessor.
 
     Keys of a paged cache come in boxes of PAGE_ROWS through k_desc and v_desc, or with PAGE_ROWS = 1 row by row from K and
-    V, whose strides are in units of 16 bytes; FAR where not all of such a cache can be told by 32 bits of them.
+    V, whose strides are in units of 16 bytes; FAR where not all of such a cache can be told by 32 bits of them. GROUPED
+    where boxes bring whole rows: a page of K begins k_groups groups of 8 rows behind the one before it.
     """
     dtype: gl.constexpr = q_desc.dtype
     q_buffers = buffers_of(dtype, Q_STAGES * GROUPS, GROUP_ROWS, HEAD_DIM)
-    k_buffers = buffers_of(dtype, STAGES, BLOCK_N, HEAD_DIM)
-    v_buffers = buffers_of(dtype, VALUES, BLOCK_N, HEAD_DIM_V)
+    if GROUPED:
+        k_buffers = grouped_buffers(dtype, STAGES, BLOCK_N, HEAD_DIM)
+        v_buffers = grouped_buffers(dtype, VALUES, BLOCK_N, HEAD_DIM_V)
+    else:
+        k_buffers = buffers_of(dtype, STAGES, BLOCK_N, HEAD_DIM)
+        v_buffers = buffers_of(dtype, VALUES, BLOCK_N, HEAD_DIM_V)
     mail = gl.allocate_shared_memory(gl.int32, [2 * LETTER, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = barriers(Q_STAGES * GROUPS, 1)
     q_free = barriers(Q_STAGES * GROUPS, 1)
-    k_full = barriers(STAGES, 1)
+    # Every lane that copies rows arrives for itself.
+    ARRIVALS: gl.constexpr = 32 * COPYING_WARPS if PAGE_ROWS == 1 else 1
+    k_full = barriers(STAGES, ARRIVALS)
     k_free = barriers(STAGES, GROUPS)
-    v_full = barriers(VALUES, 1)
+    v_full = barriers(VALUES, ARRIVALS)
     v_free = barriers(VALUES, GROUPS)
     posted = barriers(2, 1)
-    taken = barriers(2, GROUPS)
+    taken = barriers(2, GROUPS + apart(PAGE_ROWS))
     turns = barriers(GROUPS, 1)
     mask_buffers = k_buffers[0]  # not used without a mask
     if MASKED:
@@ -171,58 +195,23 @@ def prefill_kernel(
         (page_table, table_stride, page_size, boxes), tile_list,
     )  # fmt: skip
     common = (
-        reads,
-        flow,
-        letters,
-        out_desc,
-        results,
-        lses,
-        lengths,
-        bottom_right,
-        window,
-        (scale_log2, cap_factor),
+        reads, flow, letters, out_desc, results, lses, lengths, bottom_right, window, (scale_log2, cap_factor),
         (sinks, sink_kind),
-    )
+    )  # fmt: skip
     if MASKED:
         gl.warp_specialize(
             [
-                (
-                    consume_masked,
-                    (
-                        0,
-                        common,
-                        mask_buffers,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        BLOCK_N,
-                        GROUPS,
-                        STAGES,
-                        COLUMNS,
-                        SHARED,
-                        VARLEN,
-                    ),
-                ),
-                (
-                    consume_masked,
-                    (
-                        1,
-                        common,
-                        mask_buffers,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        BLOCK_N,
-                        GROUPS,
-                        STAGES,
-                        COLUMNS,
-                        SHARED,
-                        VARLEN,
-                    ),
-                ),
+                (consume_masked, (
+                    0, common, mask_buffers, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN,
+                )),
+                (consume_masked, (
+                    1, common, mask_buffers, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, COLUMNS, SHARED, VARLEN,
+                )),
                 (produce, (fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, GROUPS, STAGES, True, VARLEN, False, 0)),
             ],
             [4, 1],
             [240, 24],
-        )
+        )  # fmt: skip
     elif PAGE_ROWS == 1:
         # Where rows of K and of V begin, in units of 16 bytes.
         PLACE: gl.constexpr = gl.int64 if FAR else gl.int32
@@ -233,145 +222,65 @@ def prefill_kernel(
         )  # fmt: skip
         gl.warp_specialize(
             [
-                (
-                    consume,
-                    (
-                        0,
-                        common,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        BLOCK_N,
-                        2,
-                        STAGES,
-                        COLUMNS,
-                        SHARED,
-                        VARLEN,
-                        LEFT,
-                        SOFTCAP,
-                        True,
-                    ),
-                ),
-                (
-                    consume,
-                    (
-                        1,
-                        common,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        BLOCK_N,
-                        2,
-                        STAGES,
-                        COLUMNS,
-                        SHARED,
-                        VARLEN,
-                        LEFT,
-                        SOFTCAP,
-                        True,
-                    ),
-                ),
+                (consume, (
+                    0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP, True,
+                )),
+                (consume, (
+                    1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP, True,
+                )),
                 (produce_rows, (fetch, sources, 2, STAGES, VARLEN, LEFT, COLUMNS_K, COLUMNS)),
             ],
             [4, 4],
             [232, 40],
-        )
+        )  # fmt: skip
+    elif apart(PAGE_ROWS):
+        v_source = (v_desc, v_buffers, v_full, v_free, v_groups)
+        gl.warp_specialize(
+            [
+                (consume, (
+                    0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
+                )),
+                (consume, (
+                    1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
+                )),
+                (produce, (
+                    fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, False, VARLEN, LEFT, PAGE_ROWS, k_groups,
+                )),
+                (fetch_values, (fetch, v_source, HEAD_DIM_V, 2, VARLEN, LEFT, PAGE_ROWS)),
+            ],
+            [4, 1, 1],
+            [240, 32, 32],
+        )  # fmt: skip
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (
-                    consume,
-                    (
-                        0,
-                        common,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        BLOCK_N,
-                        2,
-                        STAGES,
-                        COLUMNS,
-                        SHARED,
-                        VARLEN,
-                        LEFT,
-                        SOFTCAP,
-                    ),
-                ),
-                (
-                    consume,
-                    (
-                        1,
-                        common,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        BLOCK_N,
-                        2,
-                        STAGES,
-                        COLUMNS,
-                        SHARED,
-                        VARLEN,
-                        LEFT,
-                        SOFTCAP,
-                    ),
-                ),
-                (produce, (fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
+                (consume, (
+                    0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
+                )),
+                (consume, (
+                    1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
+                )),
+                (produce, (
+                    fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, False, VARLEN, LEFT, PAGE_ROWS, k_groups, v_groups,
+                )),
             ],
             [4, 1],
             [240, 24],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (
-                    consume,
-                    (
-                        0,
-                        common,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        BLOCK_N,
-                        3,
-                        STAGES,
-                        COLUMNS,
-                        SHARED,
-                        VARLEN,
-                        LEFT,
-                        SOFTCAP,
-                    ),
-                ),
-                (
-                    consume,
-                    (
-                        1,
-                        common,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        BLOCK_N,
-                        3,
-                        STAGES,
-                        COLUMNS,
-                        SHARED,
-                        VARLEN,
-                        LEFT,
-                        SOFTCAP,
-                    ),
-                ),
-                (
-                    consume,
-                    (
-                        2,
-                        common,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        BLOCK_N,
-                        3,
-                        STAGES,
-                        COLUMNS,
-                        SHARED,
-                        VARLEN,
-                        LEFT,
-                        SOFTCAP,
-                    ),
-                ),
-                (produce, (fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, False, VARLEN, LEFT, PAGE_ROWS)),
+                (consume, (
+                    0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
+                )),
+                (consume, (
+                    1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
+                )),
+                (consume, (
+                    2, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
+                )),
+                (produce, (fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, False, VARLEN, LEFT, 0)),
             ],
             [4, 4, 1],
             [160, 160, 24],
-        )
+        )  # fmt: skip

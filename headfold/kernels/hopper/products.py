@@ -7,7 +7,14 @@ zeros past the tensor's columns, and the products leave them alone.
 """
 
 from headfold.kernels.hopper.compat import gl, gluon, view_as, warpgroup_mma, warpgroup_mma_wait
-from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, first_part, shared_layout
+from headfold.kernels.hopper.layouts import (
+    GROUP_ROWS,
+    accumulator,
+    first_part,
+    grouped_layout,
+    is_grouped,
+    shared_layout,
+)
 
 
 @gluon.jit
@@ -34,10 +41,13 @@ def boxes_of(buffers, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 def operands(buffers, index, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """Buffer `index` as matrices of the columns that products are over, one a part."""
     FIRST: gl.constexpr = first_part(COLUMNS)
-    first = matrix(buffers[0].index(index), ROWS, FIRST)
-    if COLUMNS == FIRST:
-        return (first,)
+    if is_grouped(buffers[0].type.shape):
+        one = buffers[0].index(index)
+        return (view_as(one, one.dtype, [ROWS, COLUMNS], grouped_layout(ROWS, COLUMNS)),)
+    elif COLUMNS == FIRST:
+        return (matrix(buffers[0].index(index), ROWS, FIRST),)
     else:
+        first = matrix(buffers[0].index(index), ROWS, FIRST)
         WIDTH: gl.constexpr = buffers[1].type.shape[4]
         return first, matrix(buffers[1].index(index), ROWS, WIDTH).slice(0, COLUMNS - FIRST, dim=1)
 

@@ -43,30 +43,30 @@ def last_place(turn, mail, WARPS: gl.constexpr = 1):
 
 
 @gluon.jit
-def receive(turn, lengths, mail, posted, taken, VARLEN: gl.constexpr):
-    """The tile of turn `turn`, for a consumer.
+def receive(turn, lengths, mail, posted, taken, VARLEN: gl.constexpr, WARPS: gl.constexpr = 4):
+    """The tile of turn `turn`, for a consumer or a producer that assists.
 
-    (number, head, tile of the sequence, the sequence's batch index in q, its first row, its rows, its keys); `lengths`
-    as for `spans.sequence`.
+    (number, head, tile of the sequence, the sequence's batch index in q, its first row, its rows, its keys, its number);
+    `lengths` as for `spans.sequence`.
     """
     slot = turn & 1
     mbarrier.wait(posted.index(slot), (turn >> 1) & 1)
-    number = gl.max(mail.index(slot * LETTER).load(one_each(4)), 0)
-    entry = gl.max(mail.index(slot * LETTER + 1).load(one_each(4)), 0)
-    head = gl.max(mail.index(slot * LETTER + 2).load(one_each(4)), 0)
-    tile = gl.max(mail.index(slot * LETTER + 3).load(one_each(4)), 0)
+    number = gl.max(mail.index(slot * LETTER).load(one_each(WARPS)), 0)
+    entry = gl.max(mail.index(slot * LETTER + 1).load(one_each(WARPS)), 0)
+    head = gl.max(mail.index(slot * LETTER + 2).load(one_each(WARPS)), 0)
+    tile = gl.max(mail.index(slot * LETTER + 3).load(one_each(WARPS)), 0)
     sq, sk, _, given = lengths
     q_batch = entry
     q_first = 0
     if VARLEN:
         if given[0] != 0:
             q_batch = 0
-        q_first = gl.max(mail.index(slot * LETTER + 5).load(one_each(4)), 0)
-        sq = gl.max(mail.index(slot * LETTER + 6).load(one_each(4)), 0)
-        sk = gl.max(mail.index(slot * LETTER + 7).load(one_each(4)), 0)
+        q_first = gl.max(mail.index(slot * LETTER + 5).load(one_each(WARPS)), 0)
+        sq = gl.max(mail.index(slot * LETTER + 6).load(one_each(WARPS)), 0)
+        sk = gl.max(mail.index(slot * LETTER + 7).load(one_each(WARPS)), 0)
     barrier()
     mbarrier.arrive(taken.index(slot), count=1)
-    return number, head, tile, q_batch, q_first, sq, sk
+    return number, head, tile, q_batch, q_first, sq, sk, entry
 
 
 @gluon.jit
