@@ -20,13 +20,13 @@ LANES = gl.constexpr(32)  # of a producer's warp
 
 
 @gluon.constexpr_function
-def apart(page_rows):
-    """Whether V has a producer of its own: where boxes are small.
+def apart(keys, page_rows):
+    """Whether V has a producer of its own: where a block of `keys` takes many boxes.
 
-    On an H200 (32:8 d128, b4, 8192 keys, causal) pages of 16 take 3689 us with two producers, with one of half as wide boxes
-    4074; pages of 128 take 3755 and 3629.
+    On an H200 (32:8 d128, b4, 8192 keys, causal) pages of 16, eight boxes of whole rows, take 3689 us with two producers, with
+    one of half as wide boxes 4074; pages of 128 take 3755 and 3629.
     """
-    return 1 < page_rows < 64
+    return page_rows > 1 and keys // page_rows > 4
 
 
 @gluon.jit

@@ -162,7 +162,7 @@ def prefill_kernel(
     v_full = barriers(VALUES, ARRIVALS)
     v_free = barriers(VALUES, GROUPS)
     posted = barriers(2, 1)
-    taken = barriers(2, GROUPS + apart(PAGE_ROWS))
+    taken = barriers(2, GROUPS + apart(BLOCK_N, PAGE_ROWS))
     turns = barriers(GROUPS, 1)
     mask_buffers = k_buffers[0]  # not used without a mask
     if MASKED:
@@ -233,7 +233,7 @@ def prefill_kernel(
             [4, 4],
             [232, 40],
         )  # fmt: skip
-    elif apart(PAGE_ROWS):
+    elif apart(BLOCK_N, PAGE_ROWS):
         v_source = (v_desc, v_buffers, v_full, v_free, v_groups)
         gl.warp_specialize(
             [

@@ -94,7 +94,7 @@ def produce(
             fetch_rows(q_desc, q_batch, head, row, q_full.index(slot), q_buffers, slot, HEAD_DIM)
         # A block ahead where V has a producer of its own, else in front of the wait.
         ahead = (0, 0)
-        if apart(PAGE_ROWS):
+        if apart(BLOCK_N, PAGE_ROWS):
             ahead = look_up_block(k_source, pages, entry, low + (blocks - 1) * BLOCK_N, sk, PAGE_ROWS)
         for i in range(blocks):
             if i == asking_block(blocks, STAGES, VARLEN):
@@ -102,7 +102,7 @@ def produce(
             key = low + (blocks - 1 - i) * BLOCK_N
             stage = count % STAGES
             phase = ((count // STAGES) & 1) ^ 1
-            if apart(PAGE_ROWS):
+            if apart(BLOCK_N, PAGE_ROWS):
                 where = ahead
                 fetch_block(k_source, where, pages, kv_head, count, HEAD_DIM)
                 ahead = look_up_block(k_source, pages, entry, key - BLOCK_N, sk, PAGE_ROWS)
