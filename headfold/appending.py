@@ -2,8 +2,8 @@
 
 An append before the attention is a launch of its own, 7 us of host time. Where every program reads its share of a sequence
 alone, it can write the new tokens of its share first; the GPU takes as long for it (32:8 b16 s8192: 1.3 us more than the
-attention alone, with rotation 1.5; in two launches 1.9 and 1.2). The operators headfold::append_attention and append_attention_out, which
-`flash_attn_with_kvcache` calls where `writes_inside` holds, and two operators in turn elsewhere.
+attention alone, with rotation 1.5; in two launches 1.9 and 1.2). The operators headfold::append_attention and
+append_attention_out, which `flash_attn_with_kvcache` calls where `writes_inside` holds, and two operators in turn elsewhere.
 """
 
 from __future__ import annotations
