@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -123,6 +124,49 @@ def run(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
+def run_there(x: Inputs, device: str) -> None:
+    """`run` on a GPU of a call that was drawn, and is checked, on the CPU: a case drawn there waits for it a hundred times."""
+    there = moved(x, device)
+    check(there)
+    check_features(there)
+    out, lse = poisoned(there)
+    backends.run(there, out, lse)
+    assert_accurate(x, out.cpu(), lse.cpu(), factor=3.0 if x.softcap else 2.0)
+
+
+def moved(x: Inputs, device: str) -> Inputs:
+    """The same call on another device: strides, offsets and what tensors share are kept."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def move(t: torch.Tensor) -> torch.Tensor:
+        here = t.untyped_storage()
+        if here.data_ptr() not in storages:
+            raw = torch.empty(0, dtype=torch.uint8).set_(here)
+            storages[here.data_ptr()] = raw.to(device, copy=True).untyped_storage()
+        there = storages[here.data_ptr()]
+        return torch.empty(0, dtype=t.dtype, device=device).set_(
+            there, t.storage_offset(), t.shape, t.stride()
+        )
+
+    tensors = {f.name: getattr(x, f.name) for f in fields(x)}
+    return replace(x, **{name: move(t) for name, t in tensors.items() if isinstance(t, torch.Tensor)})
+
+
+def test_a_moved_call_is_the_same_call() -> None:
+    """In everything but where it lies: views of one cache stay views of one cache."""
+    both = torch.randn(2, 3, 8, 2, 16)
+    lengths = torch.tensor([5, 8, 1], dtype=torch.int32)
+    x = Inputs(torch.randn(3, 2, 4, 16)[..., ::1], both[0], both[1], seqused_k=lengths[0:3])
+    y = moved(x, "cpu")
+    for a, b in ((x.q, y.q), (x.k, y.k), (x.v, y.v), (x.seqused_k, y.seqused_k)):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+        assert (a.stride(), a.storage_offset(), a.dtype) == (b.stride(), b.storage_offset(), b.dtype)
+        assert a.data_ptr() != b.data_ptr()
+    assert y.k.untyped_storage().data_ptr() == y.v.untyped_storage().data_ptr()
+
+
 @st.composite
 def calls(draw: st.DrawFn, target: Target, largest: int) -> Inputs:
     """Any call: layout x features x ratio x lengths x dtype."""
@@ -172,10 +216,13 @@ def test_features_together(target: Target, capsys: pytest.CaptureFixture[str]) -
 
     @seed(SEED)
     @settings(max_examples=examples, database=None)
-    @given(calls(target, 200 if target.name != "interpreted" else 60))
+    @given(calls(replace(target, device="cpu"), 200 if target.name != "interpreted" else 60))
     def walk(x: Inputs) -> None:
         nonlocal count
-        run(x)
+        if target.device == "cpu":
+            run(x)
+        else:
+            run_there(x, target.device)
         count += 1
         if DRAWN and count % 100 == 0:
             with capsys.disabled():
