@@ -29,6 +29,10 @@ COPY_STAGES = 3
 FEWEST_PAGE_ROWS = 8
 # The prefill copies keys row by row where their boxes would have fewer keys.
 COPIED_BELOW = 8
+COPIED_BELOW_WITH_EDGE = 16
+# Keys of a box of the prefill: each size is a program, and larger ones are no faster (pages of 64, 128 and 256 3625, 3616 and
+# 3589 us in boxes of their own; 32:8 d128 b4 8192 causal).
+BOX_KEYS = (64, 16, 8)
 # With a left edge a tile's first block begins at a multiple of so many keys (`kernels/hopper/spans.py`).
 EDGE = 16
 # Of the words that `headfold/extras.py` has for what calls ask, what the prefill can do: always, and without a mask in memory.
@@ -299,9 +303,9 @@ def fetched_rows(p: Problem, keys: int) -> int:
     can be: rows are copied of head dimensions in one part alone."""
     rows = page_rows(p, keys)
     whole = all(not parts(n)[1] for n in columns(p, 2 * GROUP_ROWS))
-    if rows < COPIED_BELOW and whole:
+    if rows < (COPIED_BELOW_WITH_EDGE if left_edge(p) else COPIED_BELOW) and whole:
         return 1
-    return rows if rows >= FEWEST_PAGE_ROWS else 0
+    return next((n for n in BOX_KEYS if n <= rows), 0)
 
 
 def padded_dim(d: int) -> int:

@@ -126,16 +126,22 @@ def figures(kernel: Any, arch: int) -> dict[str, Any]:
 
 
 def spills_in_loops(dumped: str) -> int:
-    """Local loads and stores between the target of a backward branch and the branch."""
+    """Local loads and stores in innermost loops, those over blocks: between the target of a backward branch and the branch.
+
+    A loop over the sequences of a program may take a number aside, once for all blocks of one.
+    """
     lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", dumped, re.M)
     code = [(int(address, 16), text) for address, text in lines]
     loops = []
     for address, text in code:
         if (target := re.search(r"\bBRA\b.* (0x[0-9a-f]+)", text)) and int(target[1], 16) < address:
             loops.append((int(target[1], 16), address))
+    innermost = [
+        (a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)
+    ]
     spills = [address for address, text in code if re.search(r"\b(STL|LDL)\b", text)]
     assert code
-    return sum(any(first <= address <= last for first, last in loops) for address in spills)
+    return sum(any(first <= address <= last for first, last in innermost) for address in spills)
 
 
 def _ptxas(arch: int) -> str:
