@@ -203,10 +203,11 @@ def decode_kernel(
     start = 0
     if STREAM:
         if ranges > 0:
+            sequences = (batch, lengths, folds, band, extents)
+            cuts = (gap, ranges, even_ranges)
             x, x_end, item, start, gap = find_range(
-                r, lane_tile * BLOCK_M, batch, lengths, folds, band, extents, gap, ranges, even_ranges,
-                BLOCK_M, BLOCK_N, FEATURED,
-            )  # fmt: skip
+                r, lane_tile * BLOCK_M, sequences, cuts, BLOCK_M, BLOCK_N, FEATURED
+            )
     SIZE: tl.constexpr = ELEMENT.primitive_bitwidth // 8
     kv_head = divide(unit * fold, (group_magic, group_shift))
     while x < x_end:

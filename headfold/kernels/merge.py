@@ -107,21 +107,9 @@ def merge_kernel(
     if extent > 0:
         n = tl.cdiv(blocks, extent_blocks)
     elif ranges > 0:
-        start, total, ranges = place_of(
-            item,
-            first_row,
-            batch,
-            lengths,
-            folds,
-            band,
-            extents,
-            gap,
-            ranges,
-            even_ranges,
-            BLOCK_M,
-            BLOCK_N,
-            True,
-        )
+        sequences = (batch, lengths, folds, band, extents)
+        cuts = (gap, ranges, even_ranges)
+        start, total, ranges = place_of(item, first_row, sequences, cuts, BLOCK_M, BLOCK_N, True)
         quotient = total // ranges
         rest = total - quotient * ranges
         first_range = range_of(start, quotient, rest)

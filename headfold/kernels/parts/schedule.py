@@ -64,18 +64,18 @@ def count_blocks(low, high, extent, extent_blocks, BLOCK_N: tl.constexpr):
 def list_costs(
     first,
     first_row,
-    batch,
-    lengths,
-    fold,
-    band,
-    extents,
+    sequences,
     gap,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FEATURED: tl.constexpr,
     MANY: tl.constexpr,
 ):
-    """(costs, blocks, numbers) of MANY sequences from `first` on: the blocks and the gap, 0 where the tile is not there."""
+    """(costs, blocks, numbers) of MANY sequences from `first` on: the blocks and the gap, 0 where the tile is not there.
+
+    sequences is (how many, lengths, fold, band as `look_up` takes them, extents as `count_blocks` takes them), below too.
+    """
+    batch, lengths, fold, band, extents = sequences
     i = first + tl.arange(0, MANY)
     _, sq, _, _, _, _, low, high = look_up(
         tl.minimum(i, batch - 1), first_row, lengths, fold, band, BLOCK_M, FEATURED
@@ -87,32 +87,21 @@ def list_costs(
 
 @triton.jit
 def list_length(
-    first_row,
-    batch,
-    lengths,
-    fold,
-    band,
-    extents,
-    gap,
-    ranges,
-    even_ranges,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FEATURED: tl.constexpr,
+    first_row, sequences, cuts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FEATURED: tl.constexpr
 ):
     """(length of the list, gap behind each sequence, ranges that it is cut into).
 
-    The gap is what the start of a sequence costs, in blocks. Equal sequences get none, and even_ranges, which divide
-    the batch evenly: they are cut between sequences or into equal parts.
+    cuts is (gap, ranges, even_ranges). The gap is what the start of a sequence costs, in blocks. Equal sequences get none,
+    and even_ranges, which divide the batch evenly: they are cut between sequences or into equal parts.
     """
+    batch = sequences[0]
+    gap, ranges, even_ranges = cuts
     total = 0
     count = 0
     least = 2147483647
     most = 0
     for first in range(0, batch, CHUNK):
-        _, blocks, i = list_costs(
-            first, first_row, batch, lengths, fold, band, extents, 0, BLOCK_M, BLOCK_N, FEATURED, CHUNK
-        )
+        _, blocks, i = list_costs(first, first_row, sequences, 0, BLOCK_M, BLOCK_N, FEATURED, CHUNK)
         total += tl.sum(blocks, 0)
         count += tl.sum((blocks > 0).to(tl.int32), 0)
         least = tl.minimum(least, tl.min(tl.where(i < batch, blocks, 2147483647), 0))
@@ -123,26 +112,15 @@ def list_length(
 
 @triton.jit
 def find_position(
-    x,
-    first_row,
-    batch,
-    lengths,
-    fold,
-    band,
-    extents,
-    gap,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FEATURED: tl.constexpr,
+    x, first_row, sequences, gap, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FEATURED: tl.constexpr
 ):
     """(sequence that holds position x of the list, position where it starts)."""
+    batch = sequences[0]
     seq = 0
     start = 0
     base = 0
     for first in range(0, batch, CHUNK):
-        costs, _, i = list_costs(
-            first, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED, CHUNK
-        )
+        costs, _, i = list_costs(first, first_row, sequences, gap, BLOCK_M, BLOCK_N, FEATURED, CHUNK)
         ends = base + tl.cumsum(costs, 0)
         before = (ends <= x) & (i < batch)
         seq += tl.sum(before.to(tl.int32), 0)
@@ -153,48 +131,24 @@ def find_position(
 
 @triton.jit
 def start_of(
-    seq,
-    first_row,
-    batch,
-    lengths,
-    fold,
-    band,
-    extents,
-    gap,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FEATURED: tl.constexpr,
+    seq, first_row, sequences, gap, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FEATURED: tl.constexpr
 ):
     """Position where a sequence starts in the list."""
     start = 0
     for first in range(0, seq, CHUNK):
-        costs, _, i = list_costs(
-            first, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED, CHUNK
-        )
+        costs, _, i = list_costs(first, first_row, sequences, gap, BLOCK_M, BLOCK_N, FEATURED, CHUNK)
         start += tl.sum(tl.where(i < seq, costs, 0), 0)
     return start
 
 
 @triton.jit
 def list_of_few(
-    first_row,
-    batch,
-    lengths,
-    fold,
-    band,
-    extents,
-    gap,
-    ranges,
-    even_ranges,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FEATURED: tl.constexpr,
+    first_row, sequences, cuts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FEATURED: tl.constexpr
 ):
-    """The same of at most FEW sequences, looked at once, and before it their costs and their numbers."""
-    _, blocks, i = list_costs(
-        0, first_row, batch, lengths, fold, band, extents, 0, BLOCK_M, BLOCK_N, FEATURED, FEW
-    )
-    least = tl.min(tl.where(i < batch, blocks, 2147483647), 0)
+    """What `list_length` says, of at most FEW sequences, looked at once; before it their costs and their numbers."""
+    gap, ranges, even_ranges = cuts
+    _, blocks, i = list_costs(0, first_row, sequences, 0, BLOCK_M, BLOCK_N, FEATURED, FEW)
+    least = tl.min(tl.where(i < sequences[0], blocks, 2147483647), 0)
     even = least == tl.max(blocks, 0)
     gap = tl.where(even, 0, gap)
     costs = blocks + tl.where(blocks > 0, gap, 0)
@@ -203,117 +157,37 @@ def list_of_few(
 
 @triton.jit
 def find_range(
-    r,
-    first_row,
-    batch,
-    lengths,
-    fold,
-    band,
-    extents,
-    gap,
-    ranges,
-    even_ranges,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FEATURED: tl.constexpr,
+    r, first_row, sequences, cuts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FEATURED: tl.constexpr
 ):
     """(first position of range r, its end, sequence that holds the first, where that starts, gap)."""
     seq = 0
     start = 0
-    if batch <= FEW:
-        costs, i, total, gap, used = list_of_few(
-            first_row,
-            batch,
-            lengths,
-            fold,
-            band,
-            extents,
-            gap,
-            ranges,
-            even_ranges,
-            BLOCK_M,
-            BLOCK_N,
-            FEATURED,
-        )
+    if sequences[0] <= FEW:
+        costs, i, total, gap, used = list_of_few(first_row, sequences, cuts, BLOCK_M, BLOCK_N, FEATURED)
         x, x_end = ends_of(r, total, used)
         ends = tl.cumsum(costs, 0)
-        before = (ends <= x) & (i < batch)
+        before = (ends <= x) & (i < sequences[0])
         seq = tl.sum(before.to(tl.int32), 0)
         start = tl.max(tl.where(before, ends, 0), 0)
     else:
-        total, gap, used = list_length(
-            first_row,
-            batch,
-            lengths,
-            fold,
-            band,
-            extents,
-            gap,
-            ranges,
-            even_ranges,
-            BLOCK_M,
-            BLOCK_N,
-            FEATURED,
-        )
+        total, gap, used = list_length(first_row, sequences, cuts, BLOCK_M, BLOCK_N, FEATURED)
         x, x_end = ends_of(r, total, used)
         if x < x_end:
-            seq, start = find_position(
-                x, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED
-            )
+            seq, start = find_position(x, first_row, sequences, gap, BLOCK_M, BLOCK_N, FEATURED)
     return x, x_end, seq, start, gap
 
 
 @triton.jit
 def place_of(
-    item,
-    first_row,
-    batch,
-    lengths,
-    fold,
-    band,
-    extents,
-    gap,
-    ranges,
-    even_ranges,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FEATURED: tl.constexpr,
+    item, first_row, sequences, cuts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FEATURED: tl.constexpr
 ):
     """(position where a sequence starts, length of the list, ranges that it is cut into)."""
-    if batch <= FEW:
-        costs, i, total, gap, used = list_of_few(
-            first_row,
-            batch,
-            lengths,
-            fold,
-            band,
-            extents,
-            gap,
-            ranges,
-            even_ranges,
-            BLOCK_M,
-            BLOCK_N,
-            FEATURED,
-        )
+    if sequences[0] <= FEW:
+        costs, i, total, gap, used = list_of_few(first_row, sequences, cuts, BLOCK_M, BLOCK_N, FEATURED)
         start = tl.sum(tl.where(i < item, costs, 0), 0)
     else:
-        total, gap, used = list_length(
-            first_row,
-            batch,
-            lengths,
-            fold,
-            band,
-            extents,
-            gap,
-            ranges,
-            even_ranges,
-            BLOCK_M,
-            BLOCK_N,
-            FEATURED,
-        )
-        start = start_of(
-            item, first_row, batch, lengths, fold, band, extents, gap, BLOCK_M, BLOCK_N, FEATURED
-        )
+        total, gap, used = list_length(first_row, sequences, cuts, BLOCK_M, BLOCK_N, FEATURED)
+        start = start_of(item, first_row, sequences, gap, BLOCK_M, BLOCK_N, FEATURED)
     return start, total, used
 
 
