@@ -19,7 +19,7 @@ from headfold.kernels.hopper.products import (
     scaled,
     wait_values,
 )
-from headfold.kernels.hopper.results import halves, load_sink, offset, send, store, write_lse
+from headfold.kernels.hopper.results import finished, halves, load_sink, offset, send, store, write_lse
 from headfold.kernels.hopper.schedule import pass_turn, receive, wait_turn
 from headfold.kernels.hopper.spans import (
     EDGE,
@@ -197,9 +197,9 @@ def zero_unseen(
     """Zero the values from key `end` on in a tile's last block, number `count`, whose first key is `key`.
 
     `end` is `seen_end`. What lies between it and sk may hold NaN, and a weight of 0 does not help against that; beyond sk
-    the copy engine fills in zeros. Each consumer writes for itself: the other
-    reads the same bytes or these zeros. Values before the tile's first key `start` are zeroed too where they lie in
-    this block: written back as they were, they would undo the other's `zero_front` under its product.
+    the copy engine fills in zeros. Each consumer writes for itself: the other reads the same bytes or these zeros. Values
+    before the tile's first key `start` are zeroed too where they lie in this block: written back as they were, they would
+    undo the other's `zero_front` under its product.
     """
     outside = end < sk
     if VARLEN:  # beyond sk comes another sequence, or what an earlier one left
@@ -357,37 +357,23 @@ def consume(
         mbarrier.arrive(v_free.index(older), count=1)
         if SOFTCAP:
             row_max = softmax.uncapped(row_max)
-        scale = scales[0] * 0.6931471805599453
         lse_out = (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1])
-        if SENT:
-            inverse, lse = softmax.finish(row_max, row_sum, scale)
-            inverse, lse = softmax.with_sink(inverse, lse, sink)
-            acc = scaled(acc, inverse)
-            if IN_HALVES:
-                first_half, second_half = halves(acc[0], STAGED)
-                send((first_half,), staging, GROUP, out_desc, q_batch, head, own, 0, STAGED)
-                # The copy engine reads the first half meanwhile.
-                letter = receive(turn, lengths, mail, posted, taken, VARLEN)
-                spans = own_spans(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, LEFT)
-                write_lse(lse, lse_out, own, sq)
-                send((second_half,), staging, GROUP, out_desc, q_batch, head, own, STAGED, STAGED)
-            else:
-                send(acc, staging, GROUP, out_desc, q_batch, head, own, 0, HEAD_DIM_V)
-                write_lse(lse, lse_out, own, sq)
+        staged = operands(staging, GROUP, GROUP_ROWS, staged_columns(STAGED, HEAD_DIM_V))
+        out = (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1])
+        acc, lse = finished(acc, row_max, row_sum, scales[0] * 0.6931471805599453, sink)
+        if not SENT:
+            store(acc, lse, staged, out, lse_out, own, sq, COLUMNS)
+        elif IN_HALVES:
+            first_half, second_half = halves(acc[0], STAGED)
+            send((first_half,), staging, GROUP, out_desc, q_batch, head, own, 0, STAGED)
+            # The copy engine reads the first half meanwhile.
+            letter = receive(turn, lengths, mail, posted, taken, VARLEN)
+            spans = own_spans(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, LEFT)
+            write_lse(lse, lse_out, own, sq)
+            send((second_half,), staging, GROUP, out_desc, q_batch, head, own, STAGED, STAGED)
         else:
-            store(
-                acc,
-                row_max,
-                row_sum,
-                scale,
-                sink,
-                operands(staging, GROUP, GROUP_ROWS, staged_columns(STAGED, HEAD_DIM_V)),
-                (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1]),
-                lse_out,
-                own,
-                sq,
-                COLUMNS,
-            )
+            send(acc, staging, GROUP, out_desc, q_batch, head, own, 0, HEAD_DIM_V)
+            write_lse(lse, lse_out, own, sq)
         if SHARED:
             release(q_done)
     if SENT:

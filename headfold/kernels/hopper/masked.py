@@ -17,7 +17,7 @@ from headfold.kernels.hopper.layouts import (
     weights_layout,
 )
 from headfold.kernels.hopper.products import matrix, operands
-from headfold.kernels.hopper.results import load_sink, offset, store
+from headfold.kernels.hopper.results import finished, load_sink, offset, store
 from headfold.kernels.hopper.schedule import receive
 from headfold.kernels.hopper.spans import full_blocks, hide, row_bounds, seen_end, tile_blocks
 
@@ -142,19 +142,12 @@ def consume_masked(
                 mbarrier.wait(v_full.index(stage), phase)
             mbarrier.arrive(v_free.index(stage), count=1)
             count += 1
-        store(
-            (acc,),
-            row_max,
-            row_sum,
-            1.0 if ADDED else scale,
-            load_sink(sinks, head),
-            operands(staging, GROUP, GROUP_ROWS, staged_columns(staging[0].type.shape[4], HEAD_DIM_V)),
-            (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1]),
-            (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1]),
-            own,
-            sq,
-            COLUMNS,
-        )
+        sink = load_sink(sinks, head)
+        staged = operands(staging, GROUP, GROUP_ROWS, staged_columns(staging[0].type.shape[4], HEAD_DIM_V))
+        out = (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1])
+        lse_out = (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1])
+        results, lse = finished((acc,), row_max, row_sum, 1.0 if ADDED else scale, sink)
+        store(results, lse, staged, out, lse_out, own, sq, COLUMNS)
         if SHARED:
             release(q_free.index(GROUP))
         else:

@@ -30,8 +30,8 @@ def apart(keys, page_rows):
 
 
 @gluon.jit
-def look_up(pages, entry, key, end, KEYS: gl.constexpr, PAGE_ROWS: gl.constexpr):
-    """(pages of the boxes of the KEYS keys from `key` on, a lane each, and the first one's row in its page).
+def pages_of(pages, entry, key, end, KEYS: gl.constexpr, PAGE_ROWS: gl.constexpr):
+    """(page of each box of the KEYS keys from `key` on, a lane each, its first key, that key's number of a page).
 
     `entry` is the number of the sequence. Boxes from key `end` on are looked up nowhere, and none where `key` is negative:
     their page is -1, outside the tensor, and they come as zeros.
@@ -40,8 +40,15 @@ def look_up(pages, entry, key, end, KEYS: gl.constexpr, PAGE_ROWS: gl.constexpr)
     box = gl.arange(0, LANES, one_each(1))
     first = key + box * PAGE_ROWS
     live = (first < end) & (box < KEYS // PAGE_ROWS) & (key >= 0)
-    found = gl.load(table + entry * stride + first // page_size, mask=live, other=-1)
-    return found, key - key // page_size * page_size
+    number = first // page_size
+    return gl.load(table + entry * stride + number, mask=live, other=-1), first, number
+
+
+@gluon.jit
+def look_up(pages, entry, key, end, KEYS: gl.constexpr, PAGE_ROWS: gl.constexpr):
+    """(the pages of `pages_of`, the first box's row in its page)."""
+    found, _, _ = pages_of(pages, entry, key, end, KEYS, PAGE_ROWS)
+    return found, key - key // pages[2] * pages[2]
 
 
 @gluon.jit
@@ -73,17 +80,9 @@ def fetch_pages(
 
 @gluon.jit
 def look_up_groups(pages, entry, key, end, KEYS: gl.constexpr, PAGE_ROWS: gl.constexpr):
-    """(pages of the boxes of the KEYS keys from `key` on, which group of 8 rows in its page each begins with), a lane each.
-
-    As `look_up` else.
-    """
-    table, stride, page_size, boxes = pages
-    box = gl.arange(0, LANES, one_each(1))
-    first = key + box * PAGE_ROWS
-    live = (first < end) & (box < KEYS // PAGE_ROWS) & (key >= 0)
-    number = first // page_size
-    page = gl.load(table + entry * stride + number, mask=live, other=-1)
-    return page, (first - number * page_size) // 8
+    """(the pages of `pages_of`, which group of 8 rows in its page each box begins with), a lane each."""
+    page, first, number = pages_of(pages, entry, key, end, KEYS, PAGE_ROWS)
+    return page, (first - number * pages[2]) // 8
 
 
 @gluon.jit

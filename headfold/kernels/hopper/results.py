@@ -59,15 +59,20 @@ def halves(acc, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def store(acc, row_max, row_sum, scale, sink, staging, Out, Lse, first, sq, COLUMNS: gl.constexpr):
-    """Finish 64 rows and write those that exist; COLUMNS of the accumulator's are the head dimension, the rest is padding.
+def finished(acc, row_max, row_sum, scale, sink):
+    """(parts of the output, LSE) of 64 rows whose blocks are done; row_max is in units of 1 / scale."""
+    inverse, lse = softmax.finish(row_max, row_sum, scale)
+    inverse, lse = softmax.with_sink(inverse, lse, sink)
+    return scaled(acc, inverse), lse
+
+
+@gluon.jit
+def store(acc, lse, staging, Out, Lse, first, sq, COLUMNS: gl.constexpr):
+    """Write those of 64 finished rows that exist; COLUMNS of the accumulator's are the head dimension, the rest is padding.
 
     `acc` are parts, and `staging` too. Wider rows than it has leave in two halves.
     """
     out_base, out_stride = Out
-    inverse, lse = softmax.finish(row_max, row_sum, scale)
-    inverse, lse = softmax.with_sink(inverse, lse, sink)
-    acc = scaled(acc, inverse)
     write_lse(lse, Lse, first, sq)
     FIRST: gl.constexpr = acc[0].shape[1]
     WIDTH: gl.constexpr = staging[0].shape[1]
