@@ -12,6 +12,8 @@ from headfold.problem import Inputs, k_capacity, wide_mask
 
 # What address.py calls the elements of masks, sinks and angles.
 KINDS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
+# An open window side, and no chunk: above any position, and a sum with a position still fits 32 bits.
+OPEN_SIDE = 2**30
 NO_FEATURES = (0,) * 26
 NO_NEW_TOKENS = (0,) * 10
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from headfold.backends.besides import address, division, kind
+from headfold.backends.besides import OPEN_SIDE, address, division, kind
 from headfold.backends.launch import Launcher, compile_instead, compiling
 from headfold.kernels.hopper.compat import TensorDescriptor
 from headfold.kernels.hopper.layouts import groups_layout, shared_layout
@@ -17,8 +17,6 @@ from headfold.planner.hopper import GROUP_ROWS, query_stages
 from headfold.planner.plan import Plan
 from headfold.problem import Inputs, k_capacity, q_capacity
 
-# An open window side, and no chunk: above any position, and a sum with a position still fits 32 bits.
-OPEN_SIDE = 2**30
 # Stands for a softmax scale of 0: every score becomes 0 to the last bit, and a hidden one stays -inf.
 NO_SCALE = 1e-30
 
@@ -52,7 +50,7 @@ def list_tiles(plan: Plan, x: Inputs) -> torch.Tensor | None:
 
     Programs are a budget: softcap's are those for lengths on the device, whether there are any or not.
     """
-    lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_q, x.seqused_k)
+    lengths = _lengths(x)
     if all(t is None for t in lengths) and not plan.softcap:
         return None
     found = x.q.new_empty(2 * x.batch + 1, dtype=torch.int32)
@@ -84,7 +82,7 @@ def launch_arguments(
     if x.mask is not None:
         dense = _unexpanded(x.mask)
         mask, mask_steps = boxes(dense, rows, keys), (int(dense.shape[0] > 1), int(dense.shape[1] > 1))
-    lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_q, x.seqused_k)
+    lengths = _lengths(x)
     given = [t is not None for t in lengths]
     ragged = x.cu_seqlens_q is not None
     out_strides = (0, *out.stride()[:2]) if ragged else out.stride()[:3]
@@ -164,15 +162,19 @@ def launch_arguments(
     return arguments, variant
 
 
+def _lengths(x: Inputs) -> tuple[torch.Tensor | None, ...]:
+    """What says on the device where sequences begin and end."""
+    return x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_q, x.seqused_k
+
+
 def _sent(plan: Plan, x: Inputs) -> bool:
     """Whether results leave through the copy engine.
 
     It leaves out what lies outside a tensor, not the next sequence of a ragged one. Beside masks, and where blocks of 128
     keys are wider than 128, results lie where the queries do, which cannot wait for it.
     """
-    lengths = (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_q, x.seqused_k)
     short = sum(plan.d_parts) > 128 and plan.block_n > 64
-    return not short and x.mask is None and all(t is None for t in lengths)
+    return not short and x.mask is None and all(t is None for t in _lengths(x))
 
 
 def _box_columns(plan: Plan, piece: int) -> int:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from headfold.appending import AppendingInputs
 from headfold.backends import Runner, besides, hopper_decode
-from headfold.backends.besides import address, division
+from headfold.backends.besides import OPEN_SIDE, address, division
 from headfold.backends.launch import Launcher
 from headfold.backends.workspace import workspace
 from headfold.kernels.decode import decode_kernel
@@ -24,8 +24,6 @@ from headfold.planner.plan import Plan
 from headfold.planner.tiles import next_power_of_two
 from headfold.problem import Inputs, has_features, is_aligned, k_capacity, q_capacity, wide_mask
 
-# An open window side, and no chunk: above any position, and a sum with a position still fits 32 bits.
-OPEN_SIDE = 2**30
 ELEMENTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # Columns that a program of the merge kernel takes: narrow, and of one warp, so that all its loads are in flight at once.
 # Over the loop alone 32:8 b1 s8192 takes 1.8 us, 3.6 with 128 columns and 4 warps.
@@ -38,9 +36,6 @@ MERGE_STREAM = 512
 MERGE_LEAST = 8
 # States that it merges at a time, or four times as many: 64 splits of d256 take 15 us with 64, 19 with 16.
 FEW_STATES = 16
-# Blocks of K and V that a decode asks for before the kernel before it has ended. 32:8 b1 s8192 takes 13.6 us with none, 12.5
-# with 1, 13.0 with 2, 14.6 with 4; 16:2 d256 b1 s16384 15.0, 14.0, 14.9, 16.3; calls of 500 MB do not change.
-AHEAD = 1
 # Keys of a mask that a program of the mask_blocks kernel looks at together, by the size of an element: as many as its
 # registers hold.
 MASK_KEYS = {1: 512, 2: 256, 4: 256}
@@ -280,8 +275,13 @@ def _reads_late(x: Inputs) -> bool:
 
 
 def _ahead(x: Inputs) -> int:
-    """Blocks that a decode asks for ahead: none where their rows are known too late, or by pages or picked rows."""
-    return 0 if _reads_late(x) or x.page_table is not None or x.cache_batch_idx is not None else AHEAD
+    """1 where a decode asks for its first block of K and V before the kernel before it has ended, 0 where their rows are known
+    too late, or by pages or picked rows.
+
+    32:8 b1 s8192 takes 13.6 us with no block, 12.5 with 1, 13.0 with 2, 14.6 with 4; 16:2 d256 b1 s16384 15.0, 14.0, 14.9,
+    16.3; calls of 500 MB do not change.
+    """
+    return int(not _reads_late(x) and x.page_table is None and x.cache_batch_idx is None)
 
 
 def _merge(plan: Plan, x: Inputs, variant: dict[str, Any], tiles: int, rows: int) -> Launcher:

@@ -3,11 +3,10 @@
 from headfold.kernels.hopper.compat import gl, gluon
 from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator
 from headfold.kernels.parts.division import divide
+from headfold.kernels.parts.spans import OPEN
 
 # Under a left window a tile's blocks begin at a multiple of so many keys: dense and paged calls cut keys alike.
 EDGE = gl.constexpr(16)
-# An open side of a window, and no chunk.
-OPEN = gl.constexpr(2**30)
 
 
 @gluon.jit
