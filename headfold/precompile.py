@@ -105,90 +105,92 @@ def _meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _caches(model: Model, batch: int, keys: int) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    """((k, v) of a dense cache, the arguments `k`, `v` and `page_table` of a paged one) with room for so many keys each."""
+    kv_heads, sizes, dtype = model.num_kv_heads, (model.head_dim, model.head_dim_v), model.dtype
+    rows = tuple(_meta(batch, keys, kv_heads, n, dtype=dtype) for n in sizes)
+    k, v = (_meta(batch * keys // PAGE, PAGE, kv_heads, n, dtype=dtype) for n in sizes)
+    return rows, {"k": k, "v": v, "page_table": _meta(batch, keys // PAGE)}
+
+
+def _features(model: Model) -> dict[str, Any]:
+    """What every causal call of a model has."""
+    sink = _meta(model.num_heads, dtype=model.dtype) if model.sinks else None
+    return {"window_right": 0, "softcap": model.softcap, "sink": sink}
+
+
 def calls_of(model: Model) -> Iterator[Inputs]:
     """One call of each kind that serving or training a model makes, on tensors without memory."""
-    heads, kv_heads, d, dv, dtype = (
-        model.num_heads,
-        model.num_kv_heads,
-        model.head_dim,
-        model.head_dim_v,
-        model.dtype,
-    )
-    plain: dict[str, Any] = {"window_right": 0, "softcap": model.softcap}
-    if model.sinks:
-        plain["sink"] = _meta(heads, dtype=dtype)
+    heads, d, dtype = model.num_heads, model.head_dim, model.dtype
+    plain = _features(model)
     for batch, sq, sk in itertools.product(BATCHES, QUERIES, KEYS):
         lengths, offsets = _meta(batch), _meta(batch + 1)
         q = _meta(batch, sq, heads, d, dtype=dtype)
-        packed = _meta(batch * sq, heads, d, dtype=dtype)
-        k, v = (_meta(batch, sk, kv_heads, n, dtype=dtype) for n in (d, dv))
-        pages = batch * sk // PAGE
-        k_pages, v_pages = (_meta(pages, PAGE, kv_heads, n, dtype=dtype) for n in (d, dv))
-        table = _meta(batch, sk // PAGE)
-        k_packed, v_packed = (_meta(batch * sk, kv_heads, n, dtype=dtype) for n in (d, dv))
+        packed = q.flatten(0, 1)
+        (k, v), pages = _caches(model, batch, sk)
+        paged = {**pages, "seqused_k": lengths}
         yield Inputs(q, k, v, **plain)
         yield Inputs(q, k, v, **plain | {"window_right": -1})
         yield Inputs(q, k, v, seqused_k=lengths, **plain)
-        yield Inputs(q, k_pages, v_pages, seqused_k=lengths, page_table=table, **plain)
+        yield Inputs(q, **paged, **plain)
         bounds: dict[str, Any] = {"cu_seqlens_q": offsets, "max_seqlen_q": sq}
-        yield Inputs(packed, k_packed, v_packed, cu_seqlens_k=offsets, max_seqlen_k=sk, **bounds, **plain)
-        yield Inputs(packed, k_pages, v_pages, seqused_k=lengths, page_table=table, **bounds, **plain)
+        ragged: dict[str, Any] = {
+            "k": k.flatten(0, 1),
+            "v": v.flatten(0, 1),
+            "cu_seqlens_k": offsets,
+            "max_seqlen_k": sk,
+        }
+        yield Inputs(packed, **ragged, **bounds, **plain)
+        yield Inputs(packed, **paged, **bounds, **plain)
         if batch > 1 and sq > 1:  # decodes beside one prompt
             packed = _meta(batch + sq, heads, d, dtype=dtype)
-            yield Inputs(packed, k_pages, v_pages, seqused_k=lengths, page_table=table, **bounds, **plain)
+            yield Inputs(packed, **paged, **bounds, **plain)
+
+
+def _new_tokens(model: Model, batch: int, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+    sizes = (model.head_dim, model.head_dim_v)
+    k, v = (_meta(batch, new, model.num_kv_heads, n, dtype=model.dtype) for n in sizes)
+    return k, v
+
+
+def _angles(model: Model, rotated: bool) -> dict[str, Any]:
+    angles = _meta(4096, model.rotary_dim // 2, dtype=model.dtype) if rotated else None
+    return {"rotary_cos": angles, "rotary_sin": angles}
 
 
 def appends_of(model: Model) -> Iterator[AppendInputs]:
     """The appends of decoding steps and of prefills, dense and paged, with the model's rotation and without."""
-    kv_heads, sizes, dtype = model.num_kv_heads, (model.head_dim, model.head_dim_v), model.dtype
     for batch, new, rotated, pairs in itertools.product(BATCHES, (1, 512), (False, True), (False, True)):
         if (rotated and not model.rotary_dim) or (pairs and not rotated):
             continue
-        angles = _meta(4096, model.rotary_dim // 2, dtype=dtype) if rotated else None
-        k, v = (_meta(batch, new, kv_heads, n, dtype=dtype) for n in sizes)
-        facts: dict[str, Any] = {
-            "cache_seqlens": _meta(batch),
-            "rotary_cos": angles,
-            "rotary_sin": angles,
-            "rotary_interleaved": pairs,
-        }
-        k_cache, v_cache = (_meta(batch, 4096, kv_heads, n, dtype=dtype) for n in sizes)
-        k_pages, v_pages = (_meta(batch * 256, PAGE, kv_heads, n, dtype=dtype) for n in sizes)
+        k, v = _new_tokens(model, batch, new)
+        facts: dict[str, Any] = {"cache_seqlens": _meta(batch), "rotary_interleaved": pairs}
+        facts |= _angles(model, rotated)
+        (k_cache, v_cache), pages = _caches(model, batch, 4096)
         yield AppendInputs(k_cache, v_cache, k, v, **facts)
-        yield AppendInputs(k_pages, v_pages, k, v, page_table=_meta(batch, 256), **facts)
+        yield AppendInputs(pages["k"], pages["v"], k, v, page_table=pages["page_table"], **facts)
 
 
 def steps_of(model: Model) -> Iterator[AppendingInputs]:
     """Decoding steps that append in the attention's launch, dense and paged, with the model's rotation and without."""
-    heads, kv_heads, d, dv, dtype = (
-        model.num_heads,
-        model.num_kv_heads,
-        model.head_dim,
-        model.head_dim_v,
-        model.dtype,
-    )
     for batch, rotated in itertools.product(BATCHES, (False, True)):
         if rotated and not model.rotary_dim:
             continue
         lengths = _meta(batch)
-        angles = _meta(4096, model.rotary_dim // 2, dtype=dtype) if rotated else None
+        new_k, new_v = _new_tokens(model, batch, 1)
         facts: dict[str, Any] = {
             "seqused_k": lengths,
-            "new_k": _meta(batch, 1, kv_heads, d, dtype=dtype),
-            "new_v": _meta(batch, 1, kv_heads, dv, dtype=dtype),
-            "rotary_cos": angles,
-            "rotary_sin": angles,
+            "new_k": new_k,
+            "new_v": new_v,
             "rotary_positions": lengths if rotated else None,
             "rotary_interleaved": False,
-            "window_right": 0,
-            "softcap": model.softcap,
-            "sink": _meta(heads, dtype=dtype) if model.sinks else None,
+            **_angles(model, rotated),
+            **_features(model),
         }
-        q = _meta(batch, 1, heads, d, dtype=dtype)
-        k, v = (_meta(batch, 4096, kv_heads, n, dtype=dtype) for n in (d, dv))
-        k_pages, v_pages = (_meta(batch * 256, PAGE, kv_heads, n, dtype=dtype) for n in (d, dv))
+        q = _meta(batch, 1, model.num_heads, model.head_dim, dtype=model.dtype)
+        (k, v), pages = _caches(model, batch, 4096)
         yield AppendingInputs(q, k, v, **facts)
-        yield AppendingInputs(q, k_pages, v_pages, page_table=_meta(batch, 256), **facts)
+        yield AppendingInputs(q, **pages, **facts)
 
 
 def _attentions(model: Model) -> Iterator[Callable[[], None]]:
