@@ -25,7 +25,14 @@ from headfold.kernels.hopper.prefill import prefill_kernel
 from headfold.planner import DEVICES, Plan, make_plan
 from headfold.planner.hopper import plan_hopper
 from headfold.problem import Inputs, problem_of
-from tests.aot.compile_variants import TargetOnly, figures
+from tests.aot.compile_variants import (
+    TargetOnly,
+    code_of,
+    figures,
+    innermost,
+    local_accesses,
+    loops_of,
+)
 
 MASKS = (torch.bfloat16, torch.float16, torch.bool)
 DIMS = (
@@ -145,25 +152,17 @@ def block_loop_spills(kernel: Any) -> int:
         cubin.flush()
         dump = [knobs.nvidia.cuobjdump.path, "-sass", cubin.name]
         sass = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
-    code = [(int(address, 16), text) for address, text in lines]
+    code = code_of(sass)
     products = [address for address, text in code if "HGMMA" in text]
     copies = [address for address, text in code if re.search("UTMALDG|LDGSTS", text)]
-    loops = []
-    for address, text in code:
-        target = re.search(r"^@\S+ BRA\b.* (0x[0-9a-f]+)", text)  # waits jump back too, without a condition
-        if target and int(target[1], 16) < address:
-            loops.append((int(target[1], 16), address))
+    loops = loops_of(code, r"^@\S+ BRA\b.* (0x[0-9a-f]+)")  # waits jump back too, without a condition
     holding = [(a, b) for a, b in loops if any(a <= p <= b for p in products)]
-    inner = [
-        (a, b) for a, b in holding if not any((c, d) != (a, b) and a <= c and d <= b for c, d in holding)
-    ]
+    inner = innermost(holding)
     copying = [(a, b) for a, b in set(loops) - set(holding) if any(a <= c <= b for c in copies)]
     fetching = [(a, b) for a, b in copying if any((c, d) != (a, b) and c <= a and b <= d for c, d in copying)]
     assert inner
     assert fetching
-    spills = [address for address, text in code if re.search(r"\b(STL|LDL)\b", text)]
-    return sum(any(a <= s <= b for a, b in inner + fetching) for s in spills)
+    return local_accesses(code, inner + fetching)
 
 
 def figures_of(task: tuple[bool, str]) -> tuple[str, dict[str, Any]]:

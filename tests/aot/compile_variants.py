@@ -130,18 +130,34 @@ def spills_in_loops(dumped: str) -> int:
 
     A loop over the sequences of a program may take a number aside, once for all blocks of one.
     """
+    code = code_of(dumped)
+    return local_accesses(code, innermost(loops_of(code, r"\bBRA\b.* (0x[0-9a-f]+)")))
+
+
+def code_of(dumped: str) -> list[tuple[int, str]]:
+    """(address, text) of every instruction that cuobjdump shows."""
     lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", dumped, re.M)
-    code = [(int(address, 16), text) for address, text in lines]
-    loops = []
-    for address, text in code:
-        if (target := re.search(r"\bBRA\b.* (0x[0-9a-f]+)", text)) and int(target[1], 16) < address:
-            loops.append((int(target[1], 16), address))
-    innermost = [
-        (a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)
+    assert lines
+    return [(int(address, 16), text) for address, text in lines]
+
+
+def loops_of(code: list[tuple[int, str]], branch: str) -> list[tuple[int, int]]:
+    """(first address, last) of every loop; `branch` matches a branch and its target."""
+    found = ((re.search(branch, text), address) for address, text in code)
+    return [
+        (int(target[1], 16), address) for target, address in found if target and int(target[1], 16) < address
     ]
+
+
+def innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those that hold no other."""
+    return [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+
+
+def local_accesses(code: list[tuple[int, str]], loops: list[tuple[int, int]]) -> int:
+    """Local loads and stores that lie in any of the loops."""
     spills = [address for address, text in code if re.search(r"\b(STL|LDL)\b", text)]
-    assert code
-    return sum(any(first <= address <= last for first, last in innermost) for address in spills)
+    return sum(any(first <= address <= last for first, last in loops) for address in spills)
 
 
 def _ptxas(arch: int) -> str:

@@ -14,7 +14,6 @@ from headfold.planner import hopper as planner
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
 from tests.hopper_calls import (
-    LAYOUTS,
     PARTED_DIMS,
     SMALL,
     SMALL_RAGGED,
@@ -24,7 +23,7 @@ from tests.hopper_calls import (
     with_features,
 )
 from tests.kernels.emulated import attend
-from tests.kernels.test_hopper_emulated import check, ragged, rand, same
+from tests.kernels.test_hopper_emulated import check, check_pages, paged_rows, rand, same
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -147,15 +146,6 @@ def test_pages_give_the_bits_of_rows(
     d: int, dv: int, page_size: int, sq: int | None, features: dict[str, Any]
 ) -> None:
     """All with sinks; NaN past the ends."""
-    torch.manual_seed(d + page_size)
-    lengths = [130, 0, 333]
-    queries = ragged([129, 40, 170], 2, d) if sq is None else {"q": rand(3, sq, 2, d)}
-    k, v = rand(3, 340, 1, d), rand(3, 340, 1, dv)
-    for i, n in enumerate(lengths):
-        k[i, n:], v[i, n:] = NAN, NAN
-    used = torch.tensor(lengths, dtype=torch.int32)
-    rows = Inputs(k=k, v=v, seqused_k=used, sink=rand(2), **features, **queries)
-    want = attend(rows)
-    assert_accurate(rows, *want)
-    for seed, layout in enumerate(LAYOUTS):
-        assert same(attend(in_pages(rows, lengths, page_size, shuffled=seed > 0, layout=layout), seed), want)
+    rows, lengths = paged_rows(d, dv, page_size, sq, **features)
+    rows.sink = rand(2)
+    check_pages(rows, lengths, page_size)
