@@ -1,4 +1,4 @@
-"""The decode kernel for tiles of 64 or 128 folded rows: buffers, barriers, and who runs what.
+"""The decode kernel for tiles of 64 or 128 folded rows: its arguments, and what each program owns.
 
 Its schedule, its arguments and the states it leaves are those of the Triton kernel (`kernels/decode.py`), and so is the
 kernel that merges them.
@@ -6,12 +6,10 @@ kernel that merges them.
 
 import triton.language as tl
 
-from headfold.kernels.hopper.compat import fence_async_shared, gl, gluon
-from headfold.kernels.hopper.decode_consumer import consume
-from headfold.kernels.hopper.decode_producer import produce
+from headfold.kernels.hopper.compat import gl, gluon
 from headfold.kernels.hopper.decode_schedule import find_range
-from headfold.kernels.hopper.layouts import GROUP_ROWS, shared_layout
-from headfold.kernels.hopper.prefill import barriers
+from headfold.kernels.hopper.decode_warps import decode_buffers, run_warps
+from headfold.kernels.hopper.layouts import GROUP_ROWS
 from headfold.kernels.parts.address import aligned, pointer
 from headfold.kernels.parts.division import divide
 
@@ -128,18 +126,7 @@ def hopper_decode_kernel(
         if late != 0:
             tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    GROUPS: gl.constexpr = BLOCK_M // GROUP_ROWS
-    q_buffers = gl.allocate_shared_memory(
-        ELEMENT, [GROUPS, GROUP_ROWS, TILE_D], shared_layout(GROUP_ROWS, TILE_D, 16, 2)
-    )
-    k_buffers = gl.allocate_shared_memory(
-        ELEMENT, [STAGES, 1, 1, BLOCK_N, TILE_D], shared_layout(BLOCK_N, TILE_D, 16, 4)
-    )
-    v_buffers = gl.allocate_shared_memory(
-        ELEMENT, [STAGES, 1, 1, BLOCK_N, TILE_DV], shared_layout(BLOCK_N, TILE_DV, 16, 4)
-    )
-    bars = (barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(STAGES, 1), barriers(STAGES, GROUPS))
-    fence_async_shared()
+    buffers, bars = decode_buffers(ELEMENT, BLOCK_M // GROUP_ROWS, TILE_D, TILE_DV, BLOCK_N, STAGES)
     r = divide(gl.program_id(0), (lanes_magic, lanes_shift))
     lane = gl.program_id(0) - r * lanes
     lane_tile = divide(lane, (units_magic, units_shift))
@@ -179,76 +166,13 @@ def hopper_decode_kernel(
         pointer(states, gl.float32, 4), pointer(state_lses, gl.float32, 1), aligned(state_width, 8), state_rows
     )  # fmt: skip
     common = (
-        (q_buffers, k_buffers, v_buffers), bars, queries, results, lses, left, unit, fold, by_fold,
+        buffers, bars, queries, results, lses, left, unit, fold, by_fold,
         (window_left, window_right), (lane, lanes), scale_log2,
     )  # fmt: skip
     ragged = cu_seqlens_k
     pages = (pointer(page_table, gl.int32, 1), table_stride, page_size, boxes)
-    fetches = (k_desc, v_desc, k_buffers, v_buffers, bars, pages, ragged, kv_head)
-    if GROUPS == 1:
-        gl.warp_specialize(
-            [
-                (
-                    consume,
-                    (
-                        0,
-                        common,
-                        begins,
-                        work,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        TILE_D,
-                        TILE_DV,
-                        BLOCK_M,
-                        BLOCK_N,
-                        STAGES,
-                        EARLY,
-                    ),
-                ),
-                (produce, (fetches, begins, work, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS, EARLY)),
-            ],
-            [1],
-            [FETCH_REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    consume,
-                    (
-                        0,
-                        common,
-                        begins,
-                        work,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        TILE_D,
-                        TILE_DV,
-                        BLOCK_M,
-                        BLOCK_N,
-                        STAGES,
-                        EARLY,
-                    ),
-                ),
-                (
-                    consume,
-                    (
-                        1,
-                        common,
-                        begins,
-                        work,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        TILE_D,
-                        TILE_DV,
-                        BLOCK_M,
-                        BLOCK_N,
-                        STAGES,
-                        EARLY,
-                    ),
-                ),
-                (produce, (fetches, begins, work, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS, EARLY)),
-            ],
-            [4, 1],
-            [232, FETCH_REGISTERS],
-        )
+    fetches = (k_desc, v_desc, buffers[1], buffers[2], bars, pages, ragged, kv_head)
+    run_warps(
+        common, fetches, begins, work, HEAD_DIM, HEAD_DIM_V, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS,
+        FETCH_REGISTERS, EARLY, False,
+    )  # fmt: skip

@@ -39,6 +39,7 @@ def produce(
     STAGES: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
     EARLY: gl.constexpr,
+    PAIRED: gl.constexpr,
 ):
     """Walk the program's shares, each from its first block to its last."""
     if EARLY:
@@ -49,13 +50,16 @@ def produce(
     count = 0  # blocks fetched so far: their stage and the phase of its barriers
     while x < x_end:
         seq, _, span, low, begin, end, next_start, _, _ = share(
-            x, x_end, item, start, gap, work, BLOCK_M, BLOCK_N
+            x, x_end, item, start, gap, work, BLOCK_M, BLOCK_N, PAIRED
         )
         if begin < end:
             entry = gl.where(ragged != 0, 0, seq)
             following = (begin, begin)  # no pages
+            padding, padded_end = span[3], span[3] + span[7]
             if PAGE_ROWS > 0:
-                following = look_up(pages, seq, low + begin * BLOCK_N, span[7], BLOCK_N, PAGE_ROWS)
+                following = look_up(
+                    pages, seq, padding + low + begin * BLOCK_N, padded_end, BLOCK_N, PAGE_ROWS
+                )
             for i in range(begin, end):
                 key = low + i * BLOCK_N
                 found = following
@@ -63,7 +67,7 @@ def produce(
                 phase = ((count // STAGES) & 1) ^ 1
                 where = (entry, span[2] + key)
                 if PAGE_ROWS > 0:  # a block ahead: the answer takes half as long as a block
-                    following = look_up(pages, seq, key + BLOCK_N, span[7], BLOCK_N, PAGE_ROWS)
+                    following = look_up(pages, seq, padding + key + BLOCK_N, padded_end, BLOCK_N, PAGE_ROWS)
                 mbarrier.wait(k_free.index(stage), phase)
                 fetch(
                     k_desc, where, found, kv_head, pages, k_full.index(stage), k_buffers, stage, BLOCK_N, PAGE_ROWS

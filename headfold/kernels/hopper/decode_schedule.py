@@ -31,11 +31,15 @@ def list_costs(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     MANY: gl.constexpr,
+    PADDED: gl.constexpr,
 ):
-    """(costs, blocks, numbers) of MANY sequences from `first` on; costs and blocks are 0 where the tile is not there."""
+    """(costs, blocks, numbers) of MANY sequences from `first` on; costs and blocks are 0 where the tile is not there.
+
+    PADDED, below too: lengths[4] says how many keys of each sequence come before its first one.
+    """
     i = first + gl.arange(0, MANY, one_each(4))
     _, sq, _, _, _, _, low, high = look_up(
-        gl.minimum(i, batch - 1), first_row, lengths, fold, band, BLOCK_M, False
+        gl.minimum(i, batch - 1), first_row, lengths, fold, band, BLOCK_M, PADDED
     )
     blocks = count_blocks(low, high, 0, 0, BLOCK_N)
     live = (i < batch) & (first_row < sq * fold[0])
@@ -54,6 +58,7 @@ def list_length(
     even_ranges,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
+    PADDED: gl.constexpr,
 ):
     """(length of the list, gap behind each sequence, ranges that it is cut into)."""
     total = 0
@@ -61,7 +66,9 @@ def list_length(
     least = 2147483647
     most = 0
     for first in range(0, batch, CHUNK):
-        _, blocks, i = list_costs(first, first_row, batch, lengths, fold, band, 0, BLOCK_M, BLOCK_N, CHUNK)
+        _, blocks, i = list_costs(
+            first, first_row, batch, lengths, fold, band, 0, BLOCK_M, BLOCK_N, CHUNK, PADDED
+        )
         total += gl.sum(blocks, 0)
         count += gl.sum((blocks > 0).to(gl.int32), 0)
         least = gl.minimum(least, gl.min(gl.where(i < batch, blocks, 2147483647), 0))
@@ -72,14 +79,25 @@ def list_length(
 
 @gluon.jit
 def find_position(
-    x, first_row, batch, lengths, fold, band, gap, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+    x,
+    first_row,
+    batch,
+    lengths,
+    fold,
+    band,
+    gap,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    PADDED: gl.constexpr,
 ):
     """(sequence that holds position x of the list, position where it starts)."""
     seq = 0
     start = 0
     base = 0
     for first in range(0, batch, CHUNK):
-        costs, _, i = list_costs(first, first_row, batch, lengths, fold, band, gap, BLOCK_M, BLOCK_N, CHUNK)
+        costs, _, i = list_costs(
+            first, first_row, batch, lengths, fold, band, gap, BLOCK_M, BLOCK_N, CHUNK, PADDED
+        )
         ends = base + gl.associative_scan(costs, 0, plus)
         before = (ends <= x) & (i < batch)
         seq += gl.sum(before.to(gl.int32), 0)
@@ -104,7 +122,7 @@ def find_range(
 ):
     """(first position of range r, its end, sequence that holds the first, where that starts, gap)."""
     if batch <= FEW:
-        _, blocks, i = list_costs(0, first_row, batch, lengths, fold, band, 0, BLOCK_M, BLOCK_N, FEW)
+        _, blocks, i = list_costs(0, first_row, batch, lengths, fold, band, 0, BLOCK_M, BLOCK_N, FEW, False)
         even = gl.min(gl.where(i < batch, blocks, 2147483647), 0) == gl.max(blocks, 0)
         gap = gl.where(even, 0, gap)
         used = gl.where(even, even_ranges, ranges)
@@ -116,15 +134,17 @@ def find_range(
         start = gl.max(gl.where(before, ends, 0), 0)
     else:
         total, gap, used = list_length(
-            first_row, batch, lengths, fold, band, gap, ranges, even_ranges, BLOCK_M, BLOCK_N
+            first_row, batch, lengths, fold, band, gap, ranges, even_ranges, BLOCK_M, BLOCK_N, False
         )
         x, x_end = ends_of(r, total, used)
-        item, start = find_position(x, first_row, batch, lengths, fold, band, gap, BLOCK_M, BLOCK_N)
+        item, start = find_position(x, first_row, batch, lengths, fold, band, gap, BLOCK_M, BLOCK_N, False)
     return x, x_end, item, start, gap
 
 
 @gluon.jit
-def share(x, x_end, item, start, gap, work, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+def share(
+    x, x_end, item, start, gap, work, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PADDED: gl.constexpr
+):
     """What a program owns of the sequence (or packed tile) `item`, as decode_kernel of the Triton kernels has it.
 
     Returns (sequence, first row of the tile, its span, first key of its blocks, first block, end, position of the next
@@ -137,7 +157,7 @@ def share(x, x_end, item, start, gap, work, BLOCK_M: gl.constexpr, BLOCK_N: gl.c
     if tiles_per_sequence == 0:
         seq, tile = find_sequence(item, lengths[0], batch, fold[0], BLOCK_M)
     first_row = tile * BLOCK_M
-    span = look_up(seq, first_row, lengths, fold, band, BLOCK_M, False)
+    span = look_up(seq, first_row, lengths, fold, band, BLOCK_M, PADDED)
     key_low = span[6]
     key_high = span[7]
     blocks = 0
