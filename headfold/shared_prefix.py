@@ -1,8 +1,9 @@
 """Shared prefixes: sequences whose page tables begin with the same pages read those pages once a group.
 
 The queries of a group are one sequence of (all its queries) rows against the shared pages; what follows those pages is
-attended to per sequence, with the padding of a cache before it; the two states of a row are merged. All of it is one
-operator, headfold::shared_attention (shared_attention_out): what it keeps on the device between calls is made by real
+attended to per sequence, with the padding of a cache before it; the states of a row are merged. On a Hopper GPU both parts
+run side by side in one launch (`backends/hopper_pair.py`), elsewhere one after the other. All of it is one operator,
+headfold::shared_attention (shared_attention_out): what it keeps on the device between calls is made by real
 calls alone, never by fake ones, and it is opaque to torch.compile.
 
 Which keys are shared is the caller's promise. It changes where keys are read, not what a result means.
@@ -23,6 +24,7 @@ from headfold import backends, prepared
 from headfold.kept_calls import note
 from headfold.merge import run_combine
 from headfold.ops import ARGS, attend, check_inputs, check_results, empty_results, register
+from headfold.planner.pair import plan_pair
 from headfold.planner.sharing import sharing_pays
 from headfold.problem import MAX_SEQLEN, Inputs, fail, k_capacity, problem_of
 from headfold.values import check_shared_prefix, check_values, value_checks_enabled
@@ -202,7 +204,15 @@ class Parts:
     largest: int
 
 
-_kept: dict[tuple[Any, ...], Parts | None] = {}  # by all that a call looks like
+@dataclass(frozen=True, slots=True, eq=False)
+class Way:
+    """How a call runs: its parts, and what runs both of them at once, None for one after the other."""
+
+    parts: Parts
+    pair: backends.Runner | None
+
+
+_kept: dict[tuple[Any, ...], Way | None] = {}  # by all that a call looks like
 _made: dict[tuple[Any, ...], Parts] = {}  # by what they are made from
 # A captured graph holds the addresses of the tensors it was captured with: they stay.
 _captured: dict[int, Parts] = {}
@@ -212,7 +222,7 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _parts_of(x: Inputs, groups: Groups) -> Parts | None:
+def parts_of(x: Inputs, groups: Groups) -> Parts | None:
     """How checked inputs are parted, None where they run as without groups."""
     lengths, sizes = groups.of(x.batch)
     if not (can_share(x) and any(lengths) and _pays(x, lengths, sizes)):
@@ -253,6 +263,34 @@ def _make_parts(
             pages=max(lengths) // page_size,
             largest=max(sizes),
         )
+
+
+def _way_of(x: Inputs, groups: Groups, out: torch.Tensor, lse: torch.Tensor) -> Way | None:
+    """How checked inputs run, None where that is as without groups."""
+    parts = parts_of(x, groups)
+    if parts is None:
+        return None
+    q = x.q
+    in_a_row = x.cu_seqlens_q is not None or q.shape[1] == 1 or q.stride(0) == q.shape[1] * q.stride(1)
+    plan = (
+        plan_pair(problem_of(x, out), backends.device_of(q.device), groups.of(x.batch)[1])
+        if in_a_row
+        else None
+    )
+    if plan is None:
+        return Way(parts, None)
+    from headfold.backends.hopper_pair import prepare
+
+    return Way(parts, prepare(plan, x, out, lse, parts, lambda x: sources_of(x, parts)))
+
+
+def sources_of(x: Inputs, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the first query of every group and the end, the groups' rows of the page table) of a call that has these parts."""
+    assert x.page_table is not None
+    offsets, rows = parts.bounds, parts.rows
+    if x.cu_seqlens_q is not None:
+        offsets = x.cu_seqlens_q.index_select(0, offsets)
+    return offsets, x.page_table[rows] if isinstance(rows, slice) else x.page_table.index_select(0, rows)
 
 
 def _run(x: Inputs, parts: Parts, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -331,16 +369,19 @@ def _attend_shared(
         check_values(x)
         if can_share(x):
             check_shared_prefix(x, *groups.of(x.batch))
-    if not known:
-        prepared.keep(facts, _parts_of(x, groups), _kept)
-    parts = _kept[facts]
     out, lse = results or empty_results(x)
-    if parts is None:
+    if not known:
+        prepared.keep(facts, _way_of(x, groups, out, lse), _kept)
+    way = _kept[facts]
+    if way is None:
         attend(x, out, lse)
         return out, lse
     if _is_capturing(x.q.device):
-        _captured[id(parts)] = parts
-    _run(x, parts, out, lse)
+        _captured[id(way.parts)] = way.parts
+    if way.pair is not None:
+        way.pair(x, out, lse)
+    else:
+        _run(x, way.parts, out, lse)
     return out, lse
 
 

@@ -19,7 +19,7 @@ SHARED = ("ELEMENT", "HEAD_DIM", "HEAD_DIM_V", "BLOCK_M", "BLOCK_N", "ALIGN", "E
 
 
 def program(
-    plan: Plan, x: Inputs, constants: dict[str, Any]
+    plan: Plan, x: Inputs, constants: dict[str, Any], kernel: Any = hopper_decode_kernel
 ) -> tuple[Any, Callable[[Inputs], tuple[Any, ...]], dict[str, Any], dict[str, Any]]:
     """(kernel, the arguments before those of the Triton kernel, compile-time arguments, Triton's options)."""
     variant = {name: constants[name] for name in SHARED}
@@ -45,7 +45,7 @@ def program(
     def first(x: Inputs) -> tuple[Any, ...]:
         return _at(like_k, x.k), _at(like_v, x.v), count
 
-    return hopper_decode_kernel, first, variant, options
+    return kernel, first, variant, options
 
 
 def no_arguments(x: Inputs) -> tuple[int, ...]:

@@ -50,12 +50,12 @@ def prepare(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     return (_decode if plan.kernel == "decode" else _prefill)(plan, x, out, lse)
 
 
-def _out_strides(x: Inputs, t: torch.Tensor) -> tuple[int, int, int]:
+def out_strides(x: Inputs, t: torch.Tensor) -> tuple[int, int, int]:
     """(batch, position, head) strides of a tensor laid out as q; ragged rows have no batch."""
     return t.stride()[:3] if x.cu_seqlens_q is None else (0, t.stride(0), t.stride(1))  # type: ignore[return-value]
 
 
-def _lse_strides(x: Inputs, t: torch.Tensor) -> tuple[int, int, int]:
+def lse_strides(x: Inputs, t: torch.Tensor) -> tuple[int, int, int]:
     """(batch, position, head) strides of an LSE (b, h, sq) or (h, total_q)."""
     if x.cu_seqlens_q is None:
         return t.stride(0), t.stride(2), t.stride(1)
@@ -116,12 +116,12 @@ def _prefill(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Run
         x.q.shape[-2] // x.k.shape[-2],
         *_input_strides(x),
         0,
-        *_out_strides(x, out),
+        *out_strides(x, out),
         0,
-        *_lse_strides(x, lse),
+        *lse_strides(x, lse),
         *_pages(x),
         *_band(x),
-        *_scales(x),
+        *scales(x),
         x.attention_chunk or OPEN_SIDE,
         0,
     )
@@ -205,7 +205,7 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     extents = (plan.extent, -(-plan.extent // plan.block_n))
     cuts = (plan.ranges, plan.even_ranges, plan.gap)
     fold = (width, rows, plan.fold, *division(plan.fold))
-    results = (*_out_strides(x, out), *_lse_strides(x, lse))
+    results = (*out_strides(x, out), *lse_strides(x, lse))
     band = _band(x)
     chunk = x.attention_chunk or OPEN_SIDE
     order = (*schedule, *division(plan.num_splits), *cuts, _ahead(x), *extents)
@@ -217,7 +217,7 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         *results,
         *_pages(x),
         *band,
-        *_scales(x),
+        *scales(x),
         chunk,
     )
     unwanted = lse.numel()  # floats where an LSE goes that nobody asked for
@@ -359,7 +359,7 @@ def _band(x: Inputs) -> tuple[int, int, int]:
     )
 
 
-def _scales(x: Inputs) -> tuple[float, float, float]:
+def scales(x: Inputs) -> tuple[float, float, float]:
     """`sign`, `scale_log2` and `softcap_scale`."""
     # tanh bounds the scores before the exponential: its factor takes the scale's place.
     scale, softcap_scale = (x.softcap, abs(x.scale) / x.softcap) if x.softcap > 0 else (x.scale, 0.0)

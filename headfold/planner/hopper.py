@@ -165,18 +165,29 @@ def decode_tile(p: Problem, device: Device, rows: int) -> Tile | str:
     if device.arch != (9, 0) or p.device_type == "cpu" or rows <= TRITON_ROWS:
         return ""
     keys = decode_keys(p)
-    reason = refusal(p, decode_columns(p), tuple(word for word in p.extras if word != FAR_CACHE))
-    if not reason and p.tensor_mask:
-        reason = "whose decode has no masks"
-    if not reason and p.kv_layout == "paged" and page_rows(p, keys) < FEWEST_PAGE_ROWS:
-        reason = no_boxes(p)
-    if not reason and p.tokens_per_split:
-        reason = "which has no fixed splits"
+    reason = decode_refusal(p)
     if reason:
         return f"the Triton kernel, not the Gluon one, {reason}"
     # Two consumers of wide heads spill, and shared memory holds two stages for them.
     consumers = 1 if keys < 128 else min(CONSUMERS, -(-rows // CONSUMER_ROWS))
-    tile = Tile(CONSUMER_ROWS * consumers, keys, 4 * (consumers + 1), 1, tma=True)
+    return decode_tile_of(p, device, consumers)
+
+
+def decode_refusal(p: Problem) -> str:
+    """Why the decode kernel cannot run `p`, as the end of a sentence; empty when it can."""
+    reason = refusal(p, decode_columns(p), tuple(word for word in p.extras if word != FAR_CACHE))
+    if not reason and p.tensor_mask:
+        reason = "whose decode has no masks"
+    if not reason and p.kv_layout == "paged" and page_rows(p, decode_keys(p)) < FEWEST_PAGE_ROWS:
+        reason = no_boxes(p)
+    if not reason and p.tokens_per_split:
+        reason = "which has no fixed splits"
+    return reason
+
+
+def decode_tile_of(p: Problem, device: Device, consumers: int) -> Tile:
+    """The decode kernel's tile with so many consumers, and as many stages as shared memory has room for."""
+    tile = Tile(CONSUMER_ROWS * consumers, decode_keys(p), 4 * (consumers + 1), 1, tma=True)
     stages = MOST_STAGES
     while decode_memory(p, tile, stages) > device.smem:
         stages -= 1

@@ -83,9 +83,10 @@ def store_rows(base, offsets, live, values, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def state_place(state, half, row, states, lane):
-    """Number of the row of a state's half, as `pair_merge_kernel` counts them."""
-    number = (state * states[4] + half) * lane[1] + lane[0]
+def state_place(item, shared, state, half, row, states, lane):
+    """Number of the row of a state's half, as `pair_merge_kernel` counts them: a tile that is not shared has its item's."""
+    number = gl.where(shared, state, states[5] + item)
+    number = (number * states[4] + half) * lane[1] + lane[0]
     return number.to(gl.int64) * states[3] + row
 
 
@@ -246,7 +247,7 @@ def consume(
             lse = gl.convert_layout(lse, out_rows)
             live = row < many
             if PAIRED:
-                at = state_place(state, offset, row - first_row, states, lane)
+                at = state_place(item, shared, state, offset, row - first_row, states, lane)
                 store_rows(states[0], at * states[2], live, acc, HEAD_DIM_V)
                 gl.store(states[1] + at, lse, mask=live)
             elif shared:
@@ -263,7 +264,7 @@ def consume(
         elif PAIRED:
             if begin < end:  # a share of one block, which the other consumer takes
                 _, _, row = row_places(first_row, unit, fold, by_fold, out_rows)
-                at = state_place(state, offset, row - first_row, states, lane)
+                at = state_place(item, shared, state, offset, row - first_row, states, lane)
                 nothing = gl.full([GROUP_ROWS], float("-inf"), gl.float32, out_rows)
                 gl.store(states[1] + at, nothing, mask=row < span[1] * fold)
                 count += end - begin

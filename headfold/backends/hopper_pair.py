@@ -1,0 +1,132 @@
+"""Launch attention over shared prefixes and over what follows them, side by side, and the merge of their states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from headfold.backends import Runner, hopper_decode
+from headfold.backends.besides import OPEN_SIDE, address, division
+from headfold.backends.launch import Launcher
+from headfold.backends.triton import constants, lse_strides, out_strides, scales
+from headfold.backends.workspace import workspace
+from headfold.kernels.hopper.pair import hopper_pair_kernel
+from headfold.kernels.pair_merge import pair_merge_kernel
+from headfold.planner.pair import PairPlan, Part
+from headfold.planner.tiles import next_power_of_two
+from headfold.problem import Inputs
+
+# Programs that the merge has at the most, each of which takes rows of a tile in turn.
+MERGE_PROGRAMS = 2048
+MERGE_STATES = 16
+
+
+class Groups(Protocol):
+    """What a call with shared prefixes keeps on the device: `headfold.shared_prefix.Parts`."""
+
+    @property
+    def prefixes(self) -> torch.Tensor: ...
+
+    @property
+    def pads(self) -> torch.Tensor: ...
+
+
+Sources = Callable[[Inputs], tuple[torch.Tensor, torch.Tensor]]
+
+
+def prepare(
+    plan: PairPlan,
+    x: Inputs,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    groups: Groups,
+    sources: Sources,
+) -> Runner:
+    """What runs a plan, for calls that look like (x, out, lse).
+
+    Args:
+        plan: the PairPlan.
+        x, out, lse: checked inputs and where their results go.
+        groups: lengths of the groups' prefixes, and of the keys before each sequence's own.
+        sources: gives a call's first query of every group with the end, and the page table of the groups.
+    """
+    whole = plan.whole
+    variant = constants(whole, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
+    kernel, boxes, variant, options = hopper_decode.program(whole, x, variant, hopper_pair_kernel)
+    launch = Launcher(kernel, (plan.programs,), variant, options, x.q.device)
+    merge_variant = {
+        name: variant[name] for name in ("ELEMENT", "HEAD_DIM_V", "BLOCK_M", "BLOCK_N", "ALIGN", "EARLY")
+    }
+    merge_variant |= {"WIDTH": next_power_of_two(x.v.shape[-1]), "STATES": MERGE_STATES}
+    tiles = x.batch * plan.own.lanes
+    programs = min(plan.own.state_rows, max(1, MERGE_PROGRAMS // tiles))
+    merge = Launcher(pair_merge_kernel, (tiles, programs), merge_variant, {"num_warps": 1}, x.q.device)
+    width = -(-x.v.shape[-1] // 8) * 8
+    units = (whole.head_units, *division(whole.head_units))
+    fold = (whole.fold, *division(whole.fold))
+    by_group = division(x.q.shape[-2] // x.k.shape[-2])
+    size = plan.states * (width + 1)
+    unwanted = lse.numel()  # floats where an LSE goes that nobody asked for
+    right = OPEN_SIDE if x.window_right < 0 else min(x.window_right, OPEN_SIDE)
+    dense = x.cu_seqlens_q is None
+    capacity = x.q.shape[1] if dense else 0
+    strides = x.q.stride() if dense else (0, *x.q.stride())
+    # Queries of a group lie behind one another.
+    of_query = strides[0] if dense and capacity == 1 else strides[1]
+    after = (strides[2], width, x.k.shape[1], scales(x)[1])
+    results = (width, *out_strides(x, out), *lse_strides(x, lse))
+    own, prefix = (_numbers(part) for part in (plan.own, plan.prefix))
+    count = groups.prefixes.shape[0]
+
+    def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        bounds, table = sources(x)
+        memory = workspace(x.q, size if lse is not None else size + unwanted)
+        states = memory.data_ptr()
+        lses = states + 4 * plan.states * width
+        lse_at = states + 4 * size if lse is None else lse.data_ptr()
+        own_lengths = (address(x.cu_seqlens_q), address(x.seqused_k), groups.pads.data_ptr())
+        prefix_lengths = (bounds.data_ptr(), groups.prefixes.data_ptr(), 0)
+        assert x.page_table is not None
+        own_table = (x.page_table.data_ptr(), x.page_table.stride(0))
+        prefix_table = (table.data_ptr(), table.stride(0))
+        launch(
+            (
+                *boxes(x),
+                x.q.data_ptr(),
+                states,
+                lses,
+                whole.gap,
+                *units,
+                *fold,
+                *by_group,
+                *after,
+                *(*own_lengths, *own_table, x.batch, capacity, *own),
+                *(strides[0], strides[1], right),
+                *(*prefix_lengths, *prefix_table, count, 0, *prefix),
+                *(0, of_query, OPEN_SIDE),
+            )
+        )
+        merge(
+            (
+                *(out.data_ptr(), lse_at, states, lses, plan.programs, whole.gap, *units, *fold, *results),
+                *(*own_lengths, x.batch, capacity, *own, right),
+                *(*prefix_lengths, count, 0, *prefix, OPEN_SIDE),
+            )
+        )
+
+    return run
+
+
+def _numbers(part: Part) -> tuple[Any, ...]:
+    """`lanes` to `state_rows` of a list."""
+    return (
+        part.lanes,
+        *division(part.lanes),
+        part.weight,
+        part.halves,
+        part.first_state,
+        part.uncut,
+        part.state_rows,
+    )

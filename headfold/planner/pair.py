@@ -1,0 +1,108 @@
+"""The plan of a shared prefix and of what follows it in one launch (`headfold/kernels/hopper/pair.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headfold.planner.device import Device
+from headfold.planner.gpu import GAP, choose_fold
+from headfold.planner.hopper import CONSUMER_ROWS, decode_columns, decode_refusal, decode_tile_of, page_rows
+from headfold.planner.plan import Plan
+from headfold.problem import Problem
+
+# Of what a multiprocessor's tensor cores promise, the share that the loop reaches over a tile of 128 rows.
+PRODUCTS = 0.57
+# Bytes/s that a multiprocessor reads when half of them read, over the even share of the bandwidth of all.
+READS = 1.4
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the two lists: `lanes` programs a range, what a block costs (ns), parts and rows of a state, rows of all states
+    before the list's first, number of the first state of a sequence that is not cut."""
+
+    tiles_per_sequence: int
+    lanes: int
+    weight: int
+    halves: int
+    state_rows: int
+    first_state: int
+    uncut: int
+
+
+@dataclass(frozen=True, slots=True)
+class PairPlan:
+    """How both lists run: what they share as a Plan, and what each has of its own. `states` counts rows."""
+
+    whole: Plan
+    own: Part
+    prefix: Part
+    programs: int
+    states: int
+
+
+def plan_pair(p: Problem, device: Device, sizes: Sequence[int]) -> PairPlan | None:
+    """The plan of a call whose groups of `sizes` sequences share prefixes, None where the parts run one after the other.
+
+    Args:
+        p: the Problem of the whole call.
+        device: the Device.
+        sizes: sequences of each group.
+    """
+    if device.arch != (9, 0) or p.device_type == "cpu" or p.kv_layout != "paged" or p.num_splits:
+        return None
+    if decode_refusal(p) or (p.window_left is not None):
+        return None
+    fold, _ = choose_fold(p)
+    if fold != p.group:
+        return None
+    units = p.num_heads // fold
+    consumers = 2 if max(decode_columns(p)) <= 128 else 1
+    tile = decode_tile_of(p, device, consumers)
+    programs = max(1, device.sms - p.sm_margin)
+    rows = (p.max_seqlen_q * fold, max(sizes) * p.max_seqlen_q * fold)
+    tiles = [-(-n // tile.rows) for n in rows]
+    lanes = [units * n for n in tiles]
+    if sum(lanes) > programs:
+        return None
+    halves = [2 if consumers == 2 and n <= CONSUMER_ROWS else 1 for n in rows]
+    most = ((programs - lanes[1]) // lanes[0], (programs - lanes[0]) // lanes[1])
+    heights = [min(tile.rows, n) for n in rows]
+    uncut = [2 * n for n in most]
+    states = [(uncut[i] + (p.batch, len(sizes))[i]) * lanes[i] * halves[i] * heights[i] for i in range(2)]
+    width = p.head_dim + p.head_dim_v
+    products = 2 * tile.rows * tile.keys * width / (PRODUCTS * device.matmul_flops / device.sms)
+    read = tile.keys * width * p.dtype.itemsize / (READS * device.bandwidth / device.sms)
+    weights = [read, max(read, products) if halves[1] == 1 else read]
+    own, prefix = (
+        Part(
+            tiles[i],
+            lanes[i],
+            max(1, round(1e9 * weights[i])),
+            halves[i],
+            heights[i],
+            (0, states[0])[i],
+            uncut[i],
+        )
+        for i in range(2)
+    )
+    d, dv = decode_columns(p)
+    whole = Plan(
+        backend="hopper",
+        kernel="decode",
+        fold=fold,
+        block_m=tile.rows,
+        block_n=tile.keys,
+        head_units=units,
+        gap=GAP,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        early=device.starts_early,
+        d_parts=(d, 0),
+        dv_parts=(dv, 0),
+        paged=True,
+        page_rows=page_rows(p, tile.keys),
+        aligned=p.aligned,
+    )
+    return PairPlan(whole, own, prefix, programs, sum(states))
