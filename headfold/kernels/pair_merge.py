@@ -21,12 +21,19 @@ PAIR_MERGE_ARGUMENTS = [*COMMON, *(f"{which}_{name}" for which in ("own", "prefi
 
 
 @triton.jit
-def states_of(item, first_row, sequences, cuts, ranges, uncut, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(number of a tile's first state, how many it has, every second number after the first)."""
+def states_of(
+    item, first_row, sequences, cuts, listed, ranges, uncut, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """(number of a tile's first state, how many it has, every second number after the first).
+
+    listed is (length, gap) of the list of first tiles.
+    """
     _, lengths, fold, band, _ = sequences
     _, _, _, _, _, _, low, high = look_up(item, first_row, lengths, fold, band, BLOCK_M, True)
     blocks = count_blocks(low, high, 0, 0, BLOCK_N)
-    total, gap, _ = list_length(first_row, sequences, cuts, BLOCK_M, BLOCK_N, True)
+    total, gap = listed
+    if first_row > 0:
+        total, gap, _ = list_length(first_row, sequences, cuts, BLOCK_M, BLOCK_N, True)
     start = start_of(item, first_row, sequences, gap, BLOCK_M, BLOCK_N, True)
     quotient = total // ranges
     rest = total - quotient * ranges
@@ -149,8 +156,8 @@ def pair_merge_kernel(
     sequences = (own_batch, lengths, folds, (1, OPEN, own_window_right, OPEN), (0, 0))
     prefix_sequences = (prefix_batch, prefix_lengths, folds, (1, OPEN, prefix_window_right, OPEN), (0, 0))
     cuts = (gap, 1, 1)
-    own_total, _, _ = list_length(top_row, sequences, cuts, BLOCK_M, BLOCK_N, True)
-    prefix_total, _, _ = list_length(top_row, prefix_sequences, cuts, BLOCK_M, BLOCK_N, True)
+    own_total, own_gap, _ = list_length(top_row, sequences, cuts, BLOCK_M, BLOCK_N, True)
+    prefix_total, prefix_gap, _ = list_length(top_row, prefix_sequences, cuts, BLOCK_M, BLOCK_N, True)
     prefix_ranges, ranges = cut_pair(
         programs, (own_total, own_lanes, own_weight), (prefix_total, prefix_lanes, prefix_weight)
     )
@@ -161,7 +168,9 @@ def pair_merge_kernel(
     first_row = tile * BLOCK_M
     q_first, sq, _, _, _, _, _, _ = look_up(item, first_row, lengths, folds, sequences[3], BLOCK_M, True)
     rows = tl.minimum(sq * fold - first_row, BLOCK_M)
-    first, n = states_of(item, first_row, sequences, cuts, ranges, own_uncut, BLOCK_M, BLOCK_N)
+    first, n = states_of(
+        item, first_row, sequences, cuts, (own_total, own_gap), ranges, own_uncut, BLOCK_M, BLOCK_N
+    )
     bounds = pointer(prefix_cu_seqlens_q, tl.int32, 1)
     column = tl.arange(0, WIDTH)
     if EARLY:
@@ -181,7 +190,15 @@ def pair_merge_kernel(
         group_tile = group_row // BLOCK_M
         group_lane = group_tile * units + unit
         group_first, group_n = states_of(
-            group, group_tile * BLOCK_M, prefix_sequences, cuts, prefix_ranges, prefix_uncut, BLOCK_M, BLOCK_N
+            group,
+            group_tile * BLOCK_M,
+            prefix_sequences,
+            cuts,
+            (prefix_total, prefix_gap),
+            prefix_ranges,
+            prefix_uncut,
+            BLOCK_M,
+            BLOCK_N,
         )
         merged = (tl.zeros([WIDTH], tl.float32), float("-inf"), 0.0)
         merged = add_states(

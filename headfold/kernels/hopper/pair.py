@@ -154,7 +154,8 @@ def hopper_pair_kernel(
     q_stride_b = own_q_stride_b
     q_stride_s = own_q_stride_s
     window_right = own_window_right
-    gap = own_gap
+    total = own_total
+    tile_gap = own_gap
     if number < 0:
         number = gl.program_id(0)
         cu_seqlens_q = prefix_cu_seqlens_q
@@ -174,7 +175,8 @@ def hopper_pair_kernel(
         q_stride_b = prefix_q_stride_b
         q_stride_s = prefix_q_stride_s
         window_right = prefix_window_right
-        gap = prefix_gap
+        total = prefix_total
+        tile_gap = prefix_gap
         ranges = prefix_ranges
     r = divide(number, (lanes_magic, lanes_shift))
     lane = number - r * lanes
@@ -183,12 +185,13 @@ def hopper_pair_kernel(
     lengths = (cu_seqlens_q, none, none, seqused_k, padding, sq_capacity, 0, 0, OPEN)
     band = (1, OPEN, window_right, OPEN)
     first_row = lane_tile * BLOCK_M
-    total, gap, _ = list_length(
-        first_row, batch, lengths, folds, band, gap, ranges, ranges, BLOCK_M, BLOCK_N, True
-    )
+    if lane_tile > 0:
+        total, tile_gap, _ = list_length(
+            first_row, batch, lengths, folds, band, gap, 1, 1, BLOCK_M, BLOCK_N, True
+        )
     x, x_end = ends_of(r, total, ranges)
-    item, start = find_position(x, first_row, batch, lengths, folds, band, gap, BLOCK_M, BLOCK_N, True)
-    begins = (x, x_end, item, start, gap)
+    item, start = find_position(x, first_row, batch, lengths, folds, band, tile_gap, BLOCK_M, BLOCK_N, True)
+    begins = (x, x_end, item, start, tile_gap)
     by_fold = (fold_magic, fold_shift)
     kv_head = divide(unit * fold, (group_magic, group_shift))
     scale_log2 = gl.maximum(scale_log2, 1e-30)  # as in `hopper_decode_kernel`
