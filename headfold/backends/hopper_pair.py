@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 
@@ -14,7 +14,7 @@ from headfold.backends.triton import constants, lse_strides, out_strides, scales
 from headfold.backends.workspace import workspace
 from headfold.kernels.hopper.pair import hopper_pair_kernel
 from headfold.kernels.pair_merge import pair_merge_kernel
-from headfold.planner.pair import PairPlan, Part
+from headfold.planner.pair import PairPlan
 from headfold.planner.tiles import next_power_of_two
 from headfold.problem import Inputs
 
@@ -56,9 +56,7 @@ def prepare(
     variant = constants(whole, x.q.shape[-1], x.v.shape[-1], x.q.dtype)
     kernel, boxes, variant, options = hopper_decode.program(whole, x, variant, hopper_pair_kernel)
     launch = Launcher(kernel, (plan.programs,), variant, options, x.q.device)
-    merge_variant = {
-        name: variant[name] for name in ("ELEMENT", "HEAD_DIM_V", "BLOCK_M", "BLOCK_N", "ALIGN", "EARLY")
-    }
+    merge_variant = {name: variant[name] for name in ("ELEMENT", "HEAD_DIM_V", "BLOCK_M", "ALIGN", "EARLY")}
     merge_variant |= {"WIDTH": next_power_of_two(x.v.shape[-1]), "STATES": MERGE_STATES}
     tiles = x.batch * plan.own.lanes
     programs = min(plan.own.state_rows, max(1, MERGE_PROGRAMS // tiles))
@@ -67,7 +65,7 @@ def prepare(
     units = (whole.head_units, *division(whole.head_units))
     fold = (whole.fold, *division(whole.fold))
     by_group = division(x.q.shape[-2] // x.k.shape[-2])
-    size = plan.states * (width + 1)
+    places = Places(plan, width)
     unwanted = lse.numel()  # floats where an LSE goes that nobody asked for
     right = OPEN_SIDE if x.window_right < 0 else min(x.window_right, OPEN_SIDE)
     dense = x.cu_seqlens_q is None
@@ -77,56 +75,53 @@ def prepare(
     of_query = strides[0] if dense and capacity == 1 else strides[1]
     after = (strides[2], width, x.k.shape[1], scales(x)[1])
     results = (width, *out_strides(x, out), *lse_strides(x, lse))
-    own, prefix = (_numbers(part) for part in (plan.own, plan.prefix))
+    own, prefix = ((part.lanes, *division(part.lanes)) for part in (plan.own, plan.prefix))
     count = groups.prefixes.shape[0]
 
     def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         bounds, table = sources(x)
-        memory = workspace(x.q, size if lse is not None else size + unwanted)
-        states = memory.data_ptr()
-        lses = states + 4 * plan.states * width
-        lse_at = states + 4 * size if lse is None else lse.data_ptr()
-        own_lengths = (address(x.cu_seqlens_q), address(x.seqused_k), groups.pads.data_ptr())
-        prefix_lengths = (bounds.data_ptr(), groups.prefixes.data_ptr(), 0)
+        memory = workspace(x.q, places.size if lse is not None else places.size + unwanted)
+        lse_at = memory.data_ptr() + 4 * places.size if lse is None else lse.data_ptr()
+        own_states, prefix_states = places.at(memory.data_ptr())
         assert x.page_table is not None
-        own_table = (x.page_table.data_ptr(), x.page_table.stride(0))
-        prefix_table = (table.data_ptr(), table.stride(0))
         launch(
             (
-                *boxes(x),
-                x.q.data_ptr(),
-                states,
-                lses,
-                whole.gap,
-                *units,
-                *fold,
-                *by_group,
-                *after,
-                *(*own_lengths, *own_table, x.batch, capacity, *own),
-                *(strides[0], strides[1], right),
-                *(*prefix_lengths, *prefix_table, count, 0, *prefix),
-                *(0, of_query, OPEN_SIDE),
+                *(*boxes(x), x.q.data_ptr(), whole.gap, *units, *fold, *by_group, *after),
+                *(address(x.cu_seqlens_q), address(x.seqused_k), groups.pads.data_ptr()),
+                *(x.page_table.data_ptr(), x.page_table.stride(0), x.batch, capacity, *own),
+                *(plan.own.weight, *own_states, strides[0], strides[1], right),
+                *(bounds.data_ptr(), groups.prefixes.data_ptr(), 0),
+                *(table.data_ptr(), table.stride(0), count, 0, *prefix),
+                *(plan.prefix.weight, *prefix_states, 0, of_query, OPEN_SIDE),
             )
         )
         merge(
             (
-                *(out.data_ptr(), lse_at, states, lses, plan.programs, whole.gap, *units, *fold, *results),
-                *(*own_lengths, x.batch, capacity, *own, right),
-                *(*prefix_lengths, count, 0, *prefix, OPEN_SIDE),
+                *(out.data_ptr(), lse_at, *units, *fold, *results),
+                *(address(x.cu_seqlens_q), x.batch, capacity, *own, *own_states),
+                *(bounds.data_ptr(), count, 0, *prefix, *prefix_states),
             )
         )
 
     return run
 
 
-def _numbers(part: Part) -> tuple[Any, ...]:
-    """`lanes` to `state_rows` of a list."""
-    return (
-        part.lanes,
-        *division(part.lanes),
-        part.weight,
-        part.halves,
-        part.first_state,
-        part.uncut,
-        part.state_rows,
-    )
+class Places:
+    """Where states, their LSEs and the ends of tiles lie in a workspace of `size` floats."""
+
+    def __init__(self, plan: PairPlan, width: int) -> None:
+        """`width` floats are a row of a state."""
+        self._parts = (plan.own, plan.prefix)
+        rows = [part.rows for part in self._parts]
+        lses = width * sum(rows)
+        ends = lses + sum(rows)
+        self._offsets = (
+            (0, 4 * lses, 4 * ends),
+            (4 * width * rows[0], 4 * (lses + rows[0]), 4 * (ends + 2 * plan.own.tiles)),
+        )
+        self.size = ends + 2 * (plan.own.tiles + plan.prefix.tiles)
+
+    def at(self, memory: int) -> Iterator[tuple[int, ...]]:
+        """`states` to `state_rows` of both lists, in a workspace at address `memory`."""
+        for part, offsets in zip(self._parts, self._offsets, strict=True):
+            yield *(memory + n for n in offsets), part.uncut, part.state_rows

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from headfold.planner.device import Device
 from headfold.planner.gpu import GAP, choose_fold
-from headfold.planner.hopper import CONSUMER_ROWS, decode_columns, decode_refusal, decode_tile_of, page_rows
+from headfold.planner.hopper import decode_columns, decode_refusal, decode_tile_of, page_rows
 from headfold.planner.plan import Plan
 from headfold.problem import Problem
 
@@ -19,27 +19,25 @@ READS = 1.4
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of the two lists: `lanes` programs a range, what a block costs (ns), parts and rows of a state, rows of all states
-    before the list's first, number of the first state of a sequence that is not cut."""
+    """One of the two lists: `lanes` programs a range, what a block costs (ns), rows of a state, number of the first state of a
+    sequence that is not cut, and rows of all states. `tiles` counts the tiles of a head unit in the whole list."""
 
-    tiles_per_sequence: int
+    tiles: int
     lanes: int
     weight: int
-    halves: int
     state_rows: int
-    first_state: int
     uncut: int
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
 class PairPlan:
-    """How both lists run: what they share as a Plan, and what each has of its own. `states` counts rows."""
+    """How both lists run: what they share as a Plan, what each has of its own, and the programs of both."""
 
     whole: Plan
     own: Part
     prefix: Part
     programs: int
-    states: int
 
 
 def plan_pair(p: Problem, device: Device, sizes: Sequence[int]) -> PairPlan | None:
@@ -66,27 +64,18 @@ def plan_pair(p: Problem, device: Device, sizes: Sequence[int]) -> PairPlan | No
     lanes = [units * n for n in tiles]
     if sum(lanes) > programs:
         return None
-    halves = [2 if consumers == 2 and n <= CONSUMER_ROWS else 1 for n in rows]
     most = ((programs - lanes[1]) // lanes[0], (programs - lanes[0]) // lanes[1])
-    heights = [min(tile.rows, n) for n in rows]
-    uncut = [2 * n for n in most]
-    states = [(uncut[i] + (p.batch, len(sizes))[i]) * lanes[i] * halves[i] * heights[i] for i in range(2)]
     width = p.head_dim + p.head_dim_v
     products = 2 * tile.rows * tile.keys * width / (PRODUCTS * device.matmul_flops / device.sms)
     read = tile.keys * width * p.dtype.itemsize / (READS * device.bandwidth / device.sms)
-    weights = [read, max(read, products) if halves[1] == 1 else read]
-    own, prefix = (
-        Part(
-            tiles[i],
-            lanes[i],
-            max(1, round(1e9 * weights[i])),
-            halves[i],
-            heights[i],
-            (0, states[0])[i],
-            uncut[i],
-        )
-        for i in range(2)
-    )
+    weights = (read, max(read, products))
+    sequences = (p.batch, len(sizes))
+
+    def part(i: int) -> Part:
+        height, uncut = min(tile.rows, rows[i]), 2 * most[i]
+        states = (uncut + sequences[i]) * lanes[i] * height
+        return Part(sequences[i] * tiles[i], lanes[i], round(1e9 * weights[i]), height, uncut, states)
+
     d, dv = decode_columns(p)
     whole = Plan(
         backend="hopper",
@@ -105,4 +94,4 @@ def plan_pair(p: Problem, device: Device, sizes: Sequence[int]) -> PairPlan | No
         page_rows=page_rows(p, tile.keys),
         aligned=p.aligned,
     )
-    return PairPlan(whole, own, prefix, programs, sum(states))
+    return PairPlan(whole, part(0), part(1), programs)

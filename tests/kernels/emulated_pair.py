@@ -53,13 +53,16 @@ def attend(
                 super().__call__(arguments)
                 return
             names = list(self._kernel.arg_names)
-            first, second = (arguments[names.index(name)] for name in ("states", "state_lses"))
-            count = plan.states * (-(-x.v.shape[-1] // 8) * 8 + 1)
-            memory = (ctypes.c_float * count).from_address(first)
-            states = torch.frombuffer(memory, dtype=torch.float32)
-            states.fill_(NAN)
+            first = arguments[names.index("own_states")]
+            size = hopper_pair.Places(plan, -(-x.v.shape[-1] // 8) * 8).size
+            memory = torch.frombuffer((ctypes.c_float * size).from_address(first), dtype=torch.float32)
+            memory.fill_(NAN)
             known = {t.data_ptr(): t for t in (*tensors, *kept) if t.numel()}
-            known |= {first: states, second: states[(second - first) // 4 :]}
+            for name in ("states", "state_lses", "ends"):
+                for at in (arguments[names.index(f"{which}_{name}")] for which in ("own", "prefix")):
+                    known[at] = memory[(at - first) // 4 :]
+                    if name == "ends":
+                        known[at] = known[at].view(torch.int32)
             seen = [known.get(a, a) if isinstance(a, int) and a > 2**31 else a for a in arguments]
             variant = {**self._constants, **self._options}
             launch(hopper_pair_kernel, self._grid[0], *seen, seed=seed, **variant)

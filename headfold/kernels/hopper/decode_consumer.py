@@ -83,19 +83,25 @@ def store_rows(base, offsets, live, values, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def state_place(item, shared, state, half, row, states, lane):
-    """Number of the row of a state's half, as `pair_merge_kernel` counts them: a tile that is not shared has its item's."""
-    number = gl.where(shared, state, states[5] + item)
-    number = (number * states[4] + half) * lane[1] + lane[0]
-    return number.to(gl.int64) * states[3] + row
+def note_ends(place, r, first, last):
+    """Write down at `place` that range r has a tile's first blocks, and behind it that it has the last."""
+    gl.store(place, r, mask=first)
+    gl.store(place + 1, r, mask=last)
 
 
 @gluon.jit
-def release(bar, step, PAIRED: gl.constexpr):
-    """Give a buffer back, in the name of the other consumer too where each takes every second block."""
-    mbarrier.arrive(bar, count=1)
-    if PAIRED:
-        mbarrier.arrive(bar, count=1, pred=step > 1)
+def pass_by(bars, count, blocks, STAGES: gl.constexpr):
+    """Give back the buffers of a share without a row of this consumer's; returns the blocks counted so far."""
+    k_full, k_free, v_full, v_free = bars
+    for _ in range(blocks):
+        stage = count % STAGES
+        phase = (count // STAGES) & 1
+        mbarrier.wait(k_full.index(stage), phase)
+        mbarrier.arrive(k_free.index(stage), count=1)
+        mbarrier.wait(v_full.index(stage), phase)
+        mbarrier.arrive(v_free.index(stage), count=1)
+        count += 1
+    return count
 
 
 @gluon.jit
@@ -107,8 +113,6 @@ def attend(
     count,
     first,
     blocks,
-    offset,
-    step,
     seen,
     full,
     row_low,
@@ -118,68 +122,57 @@ def attend(
     TILE_DV: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    PAIRED: gl.constexpr,
 ):
-    """Every `step`-th of `blocks` blocks of keys from key `first` on, from block `offset` on.
-
-    Returns (accumulator, row maximum, row sum, blocks counted so far).
+    """`blocks` blocks of keys from key `first` on: (accumulator, row maximum, row sum, blocks counted so far).
 
     The scores of a block are under way while the values of the one before it are weighed. `seen` are the keys that some
     row of the tile sees, `full` those that every row of these 64 sees.
     """
     k_full, k_free, v_full, v_free = bars
-    before = count
-    count += offset
-    key = first + offset * BLOCK_N
     zeros = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, accumulator(BLOCK_N))
     stage = count % STAGES
     mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
     keys = matrix(k_buffers.index(stage), BLOCK_N, TILE_D)
     scores = warpgroup_mma(query, keys.permute([1, 0]), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    release(k_free.index(stage), step, PAIRED)
+    mbarrier.arrive(k_free.index(stage), count=1)
     # Only a share's first block and its last hold values that nobody sees.
     mbarrier.wait(v_full.index(stage), (count // STAGES) & 1)
-    zero_outside(matrix(v_buffers.index(stage), BLOCK_N, TILE_DV), key, seen[0], seen[1], TILE_DV)
-    scores = hide(scores, row_low, row_high, key)
+    zero_outside(matrix(v_buffers.index(stage), BLOCK_N, TILE_DV), first, seen[0], seen[1], TILE_DV)
+    scores = hide(scores, row_low, row_high, first)
     row_max, row_sum = softmax.begin(BLOCK_N)
     p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
     weights = gl.convert_layout(p.to(query.dtype), weights_layout(BLOCK_N))
     acc = gl.zeros([GROUP_ROWS, TILE_DV], gl.float32, accumulator(TILE_DV))
-    count += step
-    for i in range(offset + step, blocks, step):
+    count += 1
+    for i in range(1, blocks):
         stage = count % STAGES
-        older = (count - step) % STAGES
+        older = (count - 1) % STAGES
         mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
         keys = matrix(k_buffers.index(stage), BLOCK_N, TILE_D)
         scores = warpgroup_mma(query, keys.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(older), ((count - step) // STAGES) & 1)
+        mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
         values = matrix(v_buffers.index(older), BLOCK_N, TILE_DV)
         acc = warpgroup_mma(weights, values, acc, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores])
-        release(k_free.index(stage), step, PAIRED)
+        mbarrier.arrive(k_free.index(stage), count=1)
         key = first + i * BLOCK_N
         if (key < full[0]) | (key + BLOCK_N > full[1]):
             scores = hide(scores, row_low, row_high, key)
         p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        release(v_free.index(older), step, PAIRED)
+        mbarrier.arrive(v_free.index(older), count=1)
         acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
         weights = gl.convert_layout(p.to(query.dtype), weights_layout(BLOCK_N))
-        count += step
-    older = (count - step) % STAGES
-    mbarrier.wait(v_full.index(older), ((count - step) // STAGES) & 1)
+        count += 1
+    older = (count - 1) % STAGES
+    mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
     values = matrix(v_buffers.index(older), BLOCK_N, TILE_DV)
-    if PAIRED:
-        key = first + (count - step - before) * BLOCK_N
-        if key > first + offset * BLOCK_N:
-            zero_outside(values, key, seen[0], seen[1], TILE_DV)
-        count = before + blocks
-    elif blocks > 1:
+    if blocks > 1:
         zero_outside(values, first + (blocks - 1) * BLOCK_N, seen[0], seen[1], TILE_DV)
     acc = warpgroup_mma(weights, values, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    release(v_free.index(older), step, PAIRED)
+    mbarrier.arrive(v_free.index(older), count=1)
     return acc, row_max, row_sum, count
 
 
@@ -201,8 +194,8 @@ def consume(
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of the tile, over all of the program's shares.
 
-    PAIRED: the kernel is `hopper_pair_kernel`. All results are states then, and where they have two halves, the tile's rows
-    are few: each consumer takes all of them, and every second block of a share.
+    PAIRED: the kernel is `hopper_pair_kernel`. All results are states then, tiles may have few rows for both consumers, and
+    the first and the last program of each tile say so for `pair_merge_kernel`.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -213,21 +206,23 @@ def consume(
     out_rows: gl.constexpr = gl.SliceLayout(1, accumulator(TILE_DV))
     query = q_buffers.index(GROUP)
     count = 0
-    offset = 0
-    step = 1
-    rows_before = GROUP * GROUP_ROWS
-    if PAIRED:
-        step = states[4]
-        offset = GROUP * (step - 1)
-        rows_before = rows_before * (2 - step)
     while x < x_end:
         seq, first_row, span, low, begin, end, next_start, shared, state = share(
             x, x_end, item, start, gap, work, BLOCK_M, BLOCK_N, PAIRED
         )
-        if begin + offset < end:
+        many = span[1] * fold
+        own = first_row + GROUP * GROUP_ROWS
+        here = begin < end
+        if PAIRED:
+            if GROUP == 0:
+                one = here & (unit == 0)
+                place = states[5] + 2 * (item * states[6] + work[2])
+                note_ends(place, work[0], one & (begin == 0), one & (next_start - gap <= x_end))
+            if here & (own >= many):
+                count = pass_by(bars, count, end - begin, STAGES)
+            here = here & (own < many)
+        if here:
             q_first, sq, _, _, sk, shift, key_low, key_high = span
-            own = first_row + rows_before
-            many = sq * fold
             sequence = seq.to(gl.int64)
             base = Q[0] + (sequence * Q[1] + q_first.to(gl.int64) * Q[2])
             load_queries(base, (Q[2], Q[3]), own, many, unit, fold, by_fold, query, HEAD_DIM)
@@ -237,9 +232,8 @@ def consume(
             _, full_high = visible_keys(divide(own, by_fold), shift, window[0], window[1], 0, sk, False)
             full_low, _ = visible_keys(divide(last, by_fold), shift, window[0], window[1], 0, sk, False)
             acc, row_max, row_sum, count = attend(
-                query, k_buffers, v_buffers, bars, count, low + begin * BLOCK_N, end - begin, offset, step,
-                (key_low, key_high), (full_low, full_high), row_low, row_high, scale_log2, TILE_D, TILE_DV, BLOCK_N,
-                STAGES, PAIRED,
+                query, k_buffers, v_buffers, bars, count, low + begin * BLOCK_N, end - begin, (key_low, key_high),
+                (full_low, full_high), row_low, row_high, scale_log2, TILE_D, TILE_DV, BLOCK_N, STAGES,
             )  # fmt: skip
             inverse, lse = softmax.finish(row_max, row_sum, scale_log2 * 0.6931471805599453)
             acc = acc * gl.convert_layout(inverse, out_rows)[:, None]
@@ -247,7 +241,8 @@ def consume(
             lse = gl.convert_layout(lse, out_rows)
             live = row < many
             if PAIRED:
-                at = state_place(item, shared, state, offset, row - first_row, states, lane)
+                number = gl.where(shared, state, states[4] + item)  # an uncut tile's states are counted apart
+                at = (number * lane[1] + lane[0]).to(gl.int64) * states[3] + (row - first_row)
                 store_rows(states[0], at * states[2], live, acc, HEAD_DIM_V)
                 gl.store(states[1] + at, lse, mask=live)
             elif shared:
@@ -261,13 +256,6 @@ def consume(
                 store_rows(there, where * Out[2] + head.to(gl.int64) * Out[3], live, acc, HEAD_DIM_V)
                 at = where * Lse[2] + head.to(gl.int64) * Lse[3]
                 gl.store(Lse[0] + (sequence * Lse[1] + q_first.to(gl.int64) * Lse[2]) + at, lse, mask=live)
-        elif PAIRED:
-            if begin < end:  # a share of one block, which the other consumer takes
-                _, _, row = row_places(first_row, unit, fold, by_fold, out_rows)
-                at = state_place(item, shared, state, offset, row - first_row, states, lane)
-                nothing = gl.full([GROUP_ROWS], float("-inf"), gl.float32, out_rows)
-                gl.store(states[1] + at, nothing, mask=row < span[1] * fold)
-                count += end - begin
         x = next_start
         start = next_start
         item += 1

@@ -18,13 +18,13 @@ from headfold.kernels.parts.schedule import ends_of
 from headfold.kernels.parts.spans import OPEN
 
 COMMON = (
-    "boxes Q states state_lses gap units units_magic units_shift fold fold_magic fold_shift group_magic group_shift "
+    "boxes Q gap units units_magic units_shift fold fold_magic fold_shift group_magic group_shift "
     "q_stride_h state_width page_size scale_log2"
 ).split()
 # What each list has of its own, behind its name.
 OF_A_LIST = (
-    "cu_seqlens_q seqused_k padding page_table table_stride batch sq_capacity lanes lanes_magic lanes_shift weight halves "
-    "first_state uncut state_rows q_stride_b q_stride_s window_right"
+    "cu_seqlens_q seqused_k padding page_table table_stride batch sq_capacity lanes lanes_magic lanes_shift weight "
+    "states state_lses ends uncut state_rows q_stride_b q_stride_s window_right"
 ).split()
 PAIR_ARGUMENTS = [*COMMON, *(f"{which}_{name}" for which in ("own", "prefix") for name in OF_A_LIST)]
 
@@ -35,8 +35,6 @@ def hopper_pair_kernel(
     v_desc,
     boxes: gl.int32,
     Q: gl.int64,
-    states: gl.int64,
-    state_lses: gl.int64,
     gap: gl.int32,
     units: gl.int32,
     units_magic: gl.uint32,
@@ -61,8 +59,9 @@ def hopper_pair_kernel(
     own_lanes_magic: gl.uint32,
     own_lanes_shift: gl.uint32,
     own_weight: gl.int32,
-    own_halves: gl.int32,
-    own_first_state: gl.int32,
+    own_states: gl.int64,
+    own_state_lses: gl.int64,
+    own_ends: gl.int64,
     own_uncut: gl.int32,
     own_state_rows: gl.int32,
     own_q_stride_b: gl.int64,
@@ -79,8 +78,9 @@ def hopper_pair_kernel(
     prefix_lanes_magic: gl.uint32,
     prefix_lanes_shift: gl.uint32,
     prefix_weight: gl.int32,
-    prefix_halves: gl.int32,
-    prefix_first_state: gl.int32,
+    prefix_states: gl.int64,
+    prefix_state_lses: gl.int64,
+    prefix_ends: gl.int64,
     prefix_uncut: gl.int32,
     prefix_state_rows: gl.int32,
     prefix_q_stride_b: gl.int64,
@@ -103,9 +103,9 @@ def hopper_pair_kernel(
 
     What begins with own_ is of the list of what follows the prefixes, with prefix_ of the other one: lengths and the
     page table of its sequences, keys before the first one (`padding`), `lanes` programs a range, what a block costs
-    (`weight`), parts of a state (`halves`: with 2 each consumer takes all rows of a tile and every second block), number of
-    the list's first row in the states, number of the first sequence's state where no other program has a part of it
-    (`uncut`), rows of a state. All else is said in `decode_kernel`.
+    (`weight`), where its states lie and their LSEs, where the first and the last range of every tile are written down
+    (`ends`), number of the first sequence's state where no other program has a part of it (`uncut`), rows of a state. All
+    else is said in `decode_kernel`.
     """
     if EARLY:
         # Lengths and page tables may come from the kernel before.
@@ -147,8 +147,9 @@ def hopper_pair_kernel(
     lanes = own_lanes
     lanes_magic = own_lanes_magic
     lanes_shift = own_lanes_shift
-    halves = own_halves
-    first_state = own_first_state
+    states = own_states
+    state_lses = own_state_lses
+    ends = own_ends
     uncut = own_uncut
     state_rows = own_state_rows
     q_stride_b = own_q_stride_b
@@ -168,8 +169,9 @@ def hopper_pair_kernel(
         lanes = prefix_lanes
         lanes_magic = prefix_lanes_magic
         lanes_shift = prefix_lanes_shift
-        halves = prefix_halves
-        first_state = prefix_first_state
+        states = prefix_states
+        state_lses = prefix_state_lses
+        ends = prefix_ends
         uncut = prefix_uncut
         state_rows = prefix_state_rows
         q_stride_b = prefix_q_stride_b
@@ -199,9 +201,9 @@ def hopper_pair_kernel(
     queries = (
         pointer(Q, ELEMENT, ALIGN), aligned(q_stride_b, ALIGN), aligned(q_stride_s, ALIGN), aligned(q_stride_h, ALIGN)
     )  # fmt: skip
-    base = pointer(states, gl.float32, 4) + first_state.to(gl.int64) * aligned(state_width, 8)
     left = (
-        base, pointer(state_lses, gl.float32, 1) + first_state, aligned(state_width, 8), state_rows, halves, uncut
+        pointer(states, gl.float32, 4), pointer(state_lses, gl.float32, 1), aligned(state_width, 8), state_rows, uncut,
+        pointer(ends, gl.int32, 1), divide(lanes, (units_magic, units_shift)),
     )  # fmt: skip
     common = (
         buffers, bars, queries, queries, queries, left, unit, fold, by_fold, (OPEN, window_right), (lane, lanes), scale_log2,
