@@ -22,14 +22,16 @@ from headfold.kernels.hopper.products import (
 from headfold.kernels.hopper.results import finished, halves, load_sink, offset, send, store, write_lse
 from headfold.kernels.hopper.schedule import pass_turn, receive, wait_turn
 from headfold.kernels.hopper.spans import (
+    CHUNKS,
     EDGE,
+    blocks_of,
     full_blocks,
     hide,
     row_bounds,
     seen_blocks,
     seen_end,
-    tile_blocks,
 )
+from headfold.kernels.parts.spans import OPEN
 
 
 @gluon.jit
@@ -236,14 +238,45 @@ def own_spans(
     (own first row, what to add to it for its key, first key that the tile sees, first key of its blocks, last blocks
     that are hidden from all own rows, blocks before those, which of them all own rows see in full: [left, right)).
     """
+    if LEFT:
+        if window[2] < OPEN:
+            spans = spans_of(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, CHUNKS)
+        else:
+            spans = spans_of(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, LEFT)
+    else:
+        spans = spans_of(letter, bottom_right, window, GROUP, GROUPS, BLOCK_N, LEFT)
+    return spans
+
+
+@gluon.jit
+def spans_of(
+    letter, bottom_right, window, GROUP: gl.constexpr, GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, LEFT: gl.constexpr
+):  # fmt: skip
+    """`own_spans`, with chunks where LEFT says so."""
     _, _, tile, _, _, sq, sk, _ = letter
     first = tile * (GROUP_ROWS * GROUPS)
     shift = (sk - sq) * bottom_right
-    start, low, blocks = tile_blocks(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, LEFT)
+    start, low, blocks = blocks_of(first, GROUP_ROWS * GROUPS, sq, sk, shift, window, BLOCK_N, LEFT)
     own = first + GROUP * GROUP_ROWS
     seen = seen_blocks(own, GROUP_ROWS, sq, sk, shift, window, low, blocks, BLOCK_N, LEFT)
     left, right = full_blocks(own, GROUP_ROWS, sq, sk, shift, window, low, seen, BLOCK_N, LEFT)
     return own, shift, start, low, blocks - seen, seen, left, right
+
+
+@gluon.jit
+def own_bounds(own, sq, sk, shift, window, BLOCK_N: gl.constexpr, LEFT: gl.constexpr):
+    """(`row_bounds`, `seen_end`) of a consumer's rows."""
+    if LEFT:
+        if window[2] < OPEN:
+            bounds = row_bounds(own, shift, window, sk, BLOCK_N, CHUNKS)
+            end = seen_end(sq, sk, shift, window, CHUNKS)
+        else:
+            bounds = row_bounds(own, shift, window, sk, BLOCK_N, LEFT)
+            end = seen_end(sq, sk, shift, window, LEFT)
+    else:
+        bounds = row_bounds(own, shift, window, sk, BLOCK_N, LEFT)
+        end = seen_end(sq, sk, shift, window, LEFT)
+    return bounds, end
 
 
 @gluon.jit
@@ -306,12 +339,12 @@ def consume(
         mbarrier.arrive(k_free.index(stage), count=1)
         if EARLY:
             mbarrier.arrive(q_done, count=1, pred=blocks == 1)
+        bounds, end = own_bounds(own, sq, sk, shift, window, BLOCK_N, LEFT)
         zero_unseen(
-            v_buffers, v_full, count, low + (blocks - 1) * BLOCK_N, start, seen_end(sq, sk, shift, window, LEFT), sk,
+            v_buffers, v_full, count, low + (blocks - 1) * BLOCK_N, start, end, sk,
             BLOCK_N, HEAD_DIM_V, VALUES, VARLEN, LEFT,
         )  # fmt: skip
         count += 1
-        bounds = row_bounds(own, shift, window, sk, BLOCK_N, LEFT)
         if SOFTCAP:
             scores = softmax.capped(scores, scales[1])
         if (right < blocks) | (left == blocks):
@@ -348,7 +381,6 @@ def consume(
             if start > low:
                 zero_front(values, start - low)
         acc = issue_values(softmax.unpack(words, query[0].dtype), values, acc)
-        sink = load_sink(sinks, head)
         turn += 1
         if not IN_HALVES:
             letter = receive(turn, lengths, mail, posted, taken, VARLEN)
@@ -360,7 +392,7 @@ def consume(
         lse_out = (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1])
         staged = operands(staging, GROUP, GROUP_ROWS, staged_columns(STAGED, HEAD_DIM_V))
         out = (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1])
-        acc, lse = finished(acc, row_max, row_sum, scales[0] * 0.6931471805599453, sink)
+        acc, lse = finished(acc, row_max, row_sum, scales[0] * 0.6931471805599453, sinks, head)
         if not SENT:
             store(acc, lse, staged, out, lse_out, own, sq, COLUMNS)
         elif IN_HALVES:

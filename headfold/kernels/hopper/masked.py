@@ -142,11 +142,10 @@ def consume_masked(
                 mbarrier.wait(v_full.index(stage), phase)
             mbarrier.arrive(v_free.index(stage), count=1)
             count += 1
-        sink = load_sink(sinks, head)
         staged = operands(staging, GROUP, GROUP_ROWS, staged_columns(staging[0].type.shape[4], HEAD_DIM_V))
         out = (offset(out_base, out_strides, q_batch, q_first, head, 8), out_strides[1])
         lse_out = (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1])
-        results, lse = finished((acc,), row_max, row_sum, 1.0 if ADDED else scale, sink)
+        results, lse = finished((acc,), row_max, row_sum, 1.0 if ADDED else scale, sinks, head)
         store(results, lse, staged, out, lse_out, own, sq, COLUMNS)
         if SHARED:
             release(q_free.index(GROUP))

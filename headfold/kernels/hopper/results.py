@@ -59,10 +59,11 @@ def halves(acc, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def finished(acc, row_max, row_sum, scale, sink):
+def finished(acc, row_max, row_sum, scale, sinks, head):
     """(parts of the output, LSE) of 64 rows whose blocks are done; row_max is in units of 1 / scale."""
     inverse, lse = softmax.finish(row_max, row_sum, scale)
-    inverse, lse = softmax.with_sink(inverse, lse, sink)
+    if sinks[0] != 0:
+        inverse, lse = softmax.with_sink(inverse, lse, load_sink(sinks, head))
     return scaled(acc, inverse), lse
 
 

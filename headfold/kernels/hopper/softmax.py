@@ -154,13 +154,14 @@ def finish(row_max, row_sum, scale):
 def with_sink(inverse, lse, sink):
     """What `finish` gives, with one more logit that has no value; a row without a key then has the sink alone. -inf: none."""
     LOG2_E: gl.constexpr = 1.4426950408889634
-    if sink > float("-inf"):
-        top = gl.maximum(lse, sink)
-        keys = gl.exp2((lse - top) * LOG2_E)
-        total = keys + gl.exp2((sink - top) * LOG2_E)
-        inverse = inverse * (keys / total)
-        lse = top + gl.log2(total) * 0.6931471805599453
-    return inverse, lse
+    top = gl.maximum(lse, sink)
+    keys = gl.exp2((lse - top) * LOG2_E)
+    total = keys + gl.exp2((sink - top) * LOG2_E)
+    none = sink == float("-inf")
+    return (
+        gl.where(none, inverse, inverse * (keys / total)),
+        gl.where(none, lse, top + gl.log2(total) * 0.6931471805599453),
+    )
 
 
 @gluon.jit

@@ -7,6 +7,8 @@ from headfold.kernels.parts.spans import OPEN
 
 # Under a left window a tile's blocks begin at a multiple of so many keys: dense and paged calls cut keys alike.
 EDGE = gl.constexpr(16)
+# What LEFT is where chunks are looked at too. Programs with a left edge look once a tile whether there are any.
+CHUNKS = gl.constexpr(2)
 
 
 @gluon.jit
@@ -55,25 +57,24 @@ def row_keys(position, shift, window, sk, LEFT: gl.constexpr):
     """Half-open range of keys that a query position sees; scalars or tensors.
 
     `window` is (left, right, chunk, what divides by chunk); open sides, and no chunk, come as OPEN. Chunks are looked at
-    with LEFT alone. Both ends never decrease with the position.
+    with LEFT = CHUNKS alone. Both ends never decrease with the position.
     """
     left, right, chunk, by = window
     low = gl.maximum(position + shift - left, 0)
     high = gl.minimum(position + shift + right + 1, sk)
-    if LEFT:
-        if chunk < OPEN:
-            at = position + shift
-            start = divide(gl.maximum(at, 0), by) * chunk
-            low = gl.maximum(low, start)
-            # A query before the first key has no chunk that a key could share.
-            high = gl.where(at < 0, 0, gl.minimum(high, start + chunk))
+    if LEFT == CHUNKS:
+        at = position + shift
+        start = divide(gl.maximum(at, 0), by) * chunk
+        low = gl.maximum(low, start)
+        # A query before the first key has no chunk that a key could share.
+        high = gl.where(at < 0, 0, gl.minimum(high, start + chunk))
     return low, high
 
 
 @gluon.jit
 def seen_end(sq, sk, shift, window, LEFT: gl.constexpr):
     """Where the keys end that the last query sees, or sk if that is less."""
-    if LEFT:
+    if LEFT == CHUNKS:
         _, end = row_keys(sq - 1, shift, window, sk, LEFT)
     else:
         end = sq + shift + window[1]
@@ -86,6 +87,19 @@ def tile_blocks(first, rows, sq, sk, shift, window, BLOCK_N: gl.constexpr, LEFT:
 
     With LEFT blocks begin at a multiple of 16 keys, as boxes of pages must.
     """
+    if LEFT:
+        if window[2] < OPEN:
+            found = blocks_of(first, rows, sq, sk, shift, window, BLOCK_N, CHUNKS)
+        else:
+            found = blocks_of(first, rows, sq, sk, shift, window, BLOCK_N, LEFT)
+    else:
+        found = blocks_of(first, rows, sq, sk, shift, window, BLOCK_N, LEFT)
+    return found
+
+
+@gluon.jit
+def blocks_of(first, rows, sq, sk, shift, window, BLOCK_N: gl.constexpr, LEFT: gl.constexpr):
+    """`tile_blocks`, with chunks where LEFT says so."""
     start, _ = row_keys(first, shift, window, sk, LEFT)
     _, high = row_keys(gl.minimum(first + rows, sq) - 1, shift, window, sk, LEFT)
     low = start
