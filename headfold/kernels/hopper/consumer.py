@@ -19,7 +19,7 @@ from headfold.kernels.hopper.products import (
     scaled,
     wait_values,
 )
-from headfold.kernels.hopper.results import finished, halves, load_sink, offset, send, store, write_lse
+from headfold.kernels.hopper.results import finished, halves, offset, send, store, write_lse
 from headfold.kernels.hopper.schedule import pass_turn, receive, wait_turn
 from headfold.kernels.hopper.spans import (
     CHUNKS,

@@ -17,7 +17,7 @@ from headfold.kernels.hopper.layouts import (
     weights_layout,
 )
 from headfold.kernels.hopper.products import matrix, operands
-from headfold.kernels.hopper.results import finished, load_sink, offset, store
+from headfold.kernels.hopper.results import finished, offset, store
 from headfold.kernels.hopper.schedule import receive
 from headfold.kernels.hopper.spans import full_blocks, hide, row_bounds, seen_end, tile_blocks
 
