@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headfold.planner.device import Device
 from headfold.planner.gpu import GAP, choose_fold
-from headfold.planner.hopper import decode_columns, decode_refusal, decode_tile_of, page_rows
+from headfold.planner.hopper import (
+    CONSUMER_ROWS,
+    MOST_STAGES,
+    decode_columns,
+    decode_keys,
+    decode_memory,
+    decode_refusal,
+    page_rows,
+)
 from headfold.planner.plan import Plan
+from headfold.planner.tiles import Tile
 from headfold.problem import Problem
 
 # Of what a multiprocessor's tensor cores promise, the share that the loop reaches over a tile of 128 rows.
 PRODUCTS = 0.57
+# Bytes of a block of K and V of which two programs of a multiprocessor have three buffers each.
+BLOCK_BYTES = 32 << 10
 # Bytes/s that a multiprocessor reads when half of them read, over the even share of the bandwidth of all.
 READS = 1.4
 
@@ -40,6 +51,21 @@ class PairPlan:
     programs: int
 
 
+def pair_tile(p: Problem, device: Device) -> Tile:
+    """One consumer's tile in blocks small enough for two programs a multiprocessor, where heads are not too wide for that.
+
+    What waits in one program, for its queries or for the ends of a tile, the other one fills.
+    """
+    d, dv = decode_columns(p)
+    keys = next((n for n in (128, 64) if n * (d + dv) * p.dtype.itemsize <= BLOCK_BYTES), 0)
+    resident = 2 if keys else 1
+    tile = Tile(CONSUMER_ROWS, keys or decode_keys(p), 8, 1, resident=resident, tma=True)
+    stages = MOST_STAGES
+    while decode_memory(p, tile, stages) > device.smem // resident:
+        stages -= 1
+    return replace(tile, stages=stages)
+
+
 def plan_pair(p: Problem, device: Device, sizes: Sequence[int]) -> PairPlan | None:
     """The plan of a call whose groups of `sizes` sequences share prefixes, None where the parts run one after the other.
 
@@ -56,9 +82,8 @@ def plan_pair(p: Problem, device: Device, sizes: Sequence[int]) -> PairPlan | No
     if fold != p.group:
         return None
     units = p.num_heads // fold
-    consumers = 2 if max(decode_columns(p)) <= 128 else 1
-    tile = decode_tile_of(p, device, consumers)
-    programs = max(1, device.sms - p.sm_margin)
+    tile = pair_tile(p, device)
+    programs = max(1, device.sms - p.sm_margin) * tile.resident
     rows = (p.max_seqlen_q * fold, max(sizes) * p.max_seqlen_q * fold)
     tiles = [-(-n // tile.rows) for n in rows]
     lanes = [units * n for n in tiles]
@@ -68,7 +93,7 @@ def plan_pair(p: Problem, device: Device, sizes: Sequence[int]) -> PairPlan | No
     width = p.head_dim + p.head_dim_v
     products = 2 * tile.rows * tile.keys * width / (PRODUCTS * device.matmul_flops / device.sms)
     read = tile.keys * width * p.dtype.itemsize / (READS * device.bandwidth / device.sms)
-    weights = (read, max(read, products))
+    weights = (read, products)
     sequences = (p.batch, len(sizes))
 
     def part(i: int) -> Part:
@@ -87,6 +112,7 @@ def plan_pair(p: Problem, device: Device, sizes: Sequence[int]) -> PairPlan | No
         gap=GAP,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        resident=tile.resident,
         early=device.starts_early,
         d_parts=(d, 0),
         dv_parts=(dv, 0),

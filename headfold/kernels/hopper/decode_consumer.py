@@ -90,21 +90,6 @@ def note_ends(place, r, first, last):
 
 
 @gluon.jit
-def pass_by(bars, count, blocks, STAGES: gl.constexpr):
-    """Give back the buffers of a share without a row of this consumer's; returns the blocks counted so far."""
-    k_full, k_free, v_full, v_free = bars
-    for _ in range(blocks):
-        stage = count % STAGES
-        phase = (count // STAGES) & 1
-        mbarrier.wait(k_full.index(stage), phase)
-        mbarrier.arrive(k_free.index(stage), count=1)
-        mbarrier.wait(v_full.index(stage), phase)
-        mbarrier.arrive(v_free.index(stage), count=1)
-        count += 1
-    return count
-
-
-@gluon.jit
 def attend(
     query,
     k_buffers,
@@ -194,8 +179,8 @@ def consume(
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of the tile, over all of the program's shares.
 
-    PAIRED: the kernel is `hopper_pair_kernel`. All results are states then, tiles may have few rows for both consumers, and
-    the first and the last program of each tile say so for `pair_merge_kernel`.
+    PAIRED: the kernel is `hopper_pair_kernel`. All results are states then, and the first and the last program of each tile
+    say so for `pair_merge_kernel`.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -210,19 +195,14 @@ def consume(
         seq, first_row, span, low, begin, end, next_start, shared, state = share(
             x, x_end, item, start, gap, work, BLOCK_M, BLOCK_N, PAIRED
         )
-        many = span[1] * fold
-        own = first_row + GROUP * GROUP_ROWS
-        here = begin < end
         if PAIRED:
-            if GROUP == 0:
-                one = here & (unit == 0)
-                place = states[5] + 2 * (item * states[6] + work[2])
-                note_ends(place, work[0], one & (begin == 0), one & (next_start - gap <= x_end))
-            if here & (own >= many):
-                count = pass_by(bars, count, end - begin, STAGES)
-            here = here & (own < many)
-        if here:
+            one = (begin < end) & (unit == 0)
+            place = states[5] + 2 * (item * states[6] + work[2])
+            note_ends(place, work[0], one & (begin == 0), one & (next_start - gap <= x_end))
+        if begin < end:
             q_first, sq, _, _, sk, shift, key_low, key_high = span
+            own = first_row + GROUP * GROUP_ROWS
+            many = sq * fold
             sequence = seq.to(gl.int64)
             base = Q[0] + (sequence * Q[1] + q_first.to(gl.int64) * Q[2])
             load_queries(base, (Q[2], Q[3]), own, many, unit, fold, by_fold, query, HEAD_DIM)
