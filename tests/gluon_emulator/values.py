@@ -29,6 +29,13 @@ TORCH = {
     gl.float64: torch.float64,
 }
 GLUON = {of_torch: of_gluon for of_gluon, of_torch in TORCH.items()}
+# Name of an integer type -> its first number, and the first behind its last. Types compare and classify themselves by
+# name, at some ten times the cost of a look-up, and a block takes a thousand numbers.
+LIMITS = {
+    dtype.name: (torch.iinfo(TORCH[dtype]).min, torch.iinfo(TORCH[dtype]).max + 1)
+    for dtype in TORCH
+    if dtype.is_int() and dtype != gl.int1
+}
 
 ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
@@ -100,14 +107,13 @@ class Scalar(Value):
 
 def _rounded(value: Any, dtype: Any) -> Any:
     """A Python number as `dtype` holds it; an integer that does not fit raises."""
-    if dtype.is_floating():
-        return ctypes.c_float(value).value if dtype == gl.float32 else float(value)
-    if dtype == gl.int1:
+    limits = LIMITS.get(dtype.name)
+    if limits is None:
+        if dtype.is_floating():
+            return ctypes.c_float(value).value if dtype == gl.float32 else float(value)
         return bool(value)
-    bits, signed = dtype.primitive_bitwidth, dtype.is_int_signed()
     value = int(value)
-    low, high = (-(1 << bits - 1), 1 << bits - 1) if signed else (0, 1 << bits)
-    if not low <= value < high:
+    if not limits[0] <= value < limits[1]:
         raise OverflowError(f"{value} leaves the range of {dtype}")
     return value
 
@@ -218,6 +224,8 @@ def common_dtype(a: Any, b: Any) -> Any:
         if strong == gl.int1 and not isinstance(weak, bool):
             return number(weak).dtype
         return strong
+    if a.dtype is b.dtype:
+        return a.dtype
     ranked = sorted((a.dtype, b.dtype), key=lambda t: (t.is_floating(), t.primitive_bitwidth))
     if {t.name for t in ranked} == {"fp16", "bf16"}:
         return gl.float32
