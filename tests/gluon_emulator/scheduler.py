@@ -52,9 +52,7 @@ class Thread:
         self.groups: list[Any] = []  # groups of copies that no wait has seen land
         self.copies = 0  # issued so far: the epochs of their clock
         self.weight = 1.0
-        self.turn = (
-            threading.Lock()
-        )  # held until the thread may go on: 1 us a turn, a semaphore takes 15
+        self.turn = threading.Lock()  # held until the thread may go on: 1 us a turn, a semaphore takes 15
         self.turn.acquire()
         self.thread = threading.Thread(target=self._main, name=name, daemon=True)
 
