@@ -16,6 +16,7 @@ def quicken() -> None:
     _patch_once_a_launch()
     _leave_out_unread_overflows()
     _remember_types()
+    _call_builtins_directly()
 
 
 def _patch_once_a_launch() -> None:
@@ -98,3 +99,22 @@ def _remember_types() -> None:
     interpreter._get_np_dtype = known_np_dtype
     core.block_type.__init__ = known_block
     core.tensor.__init__ = new_tensor
+
+
+def _call_builtins_directly() -> None:
+    """A patched function of the language copies its keywords to put in the interpreter's semantics, and then looks whether
+    they are there."""
+    from triton.runtime import interpreter
+
+    semantic = interpreter.interpreter_semantic
+
+    def patch(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        function = getattr(member, "__wrapped__", member)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(obj, name, call)
+
+    interpreter._patch_attr = patch
