@@ -36,6 +36,8 @@ LIMITS = {
     for dtype in TORCH
     if dtype.is_int() and dtype != gl.int1
 }
+# Name of a type -> what torch computes with: integers in 64 bits, so that what leaves 32 can be seen.
+WIDE = {dtype.name: torch.int64 if dtype.name in LIMITS else of_torch for dtype, of_torch in TORCH.items()}
 
 ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
@@ -196,7 +198,9 @@ class Pointer(Value):
 def cast(data: torch.Tensor, dtype: Any) -> torch.Tensor:
     """`data` as `dtype`. An integer that does not fit raises: a kernel that wraps around is wrong here."""
     target = TORCH[dtype]
-    if dtype.is_int() and dtype != gl.int1 and data.dtype in (torch.int32, torch.int64) and data.numel():
+    if data.dtype is target:
+        return data
+    if dtype.name in LIMITS and data.dtype in (torch.int32, torch.int64) and data.numel():
         limits = torch.iinfo(target)
         if int(data.min()) < limits.min or int(data.max()) > limits.max:
             raise OverflowError(f"{int(data.min())}..{int(data.max())} leaves the range of {dtype}")
@@ -245,7 +249,8 @@ def binary(name: str, a: Any, b: Any) -> Any:
     if name == "truediv" and not dtype.is_floating():
         dtype = gl.float32
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
-        return _of_scalars(name, *(one.value if isinstance(one, Scalar) else one for one in (a, b)), dtype)
+        left = a.value if isinstance(a, Scalar) else a
+        return _of_scalars(name, left, b.value if isinstance(b, Scalar) else b, dtype)
     left, right, wrap = operands(a, b, dtype)
     if name in COMPARISONS:
         return wrap(COMPARISONS[name](left, right))
@@ -276,18 +281,15 @@ def _of_scalars(name: str, a: Any, b: Any, dtype: Any) -> Scalar:
 
 
 def operands(a: Any, b: Any, dtype: Any) -> tuple[torch.Tensor, torch.Tensor, Callable[[Any], Any]]:
-    """Both sides, one a tensor, ready for a torch operator with a result of `dtype`, and how to wrap that result.
-
-    Integers come in 64 bits, so that what leaves 32 can be seen.
-    """
+    """Both sides, one a tensor, ready for a torch operator with a result of `dtype`, and how to wrap that result."""
     tensors = [t for t in (a, b) if isinstance(t, Tensor)]
     if len(tensors) == 2 and tensors[0].layout != tensors[1].layout:
         raise ValueError(f"layouts differ: {tensors[0].layout} and {tensors[1].layout}")
-    wide = torch.int64 if dtype.is_int() and dtype != gl.int1 else TORCH[dtype]
+    wide = WIDE[dtype.name]
 
     def data(value: Any) -> torch.Tensor:
         if isinstance(value, Tensor):
-            return value.data.to(wide)
+            return value.data if value.data.dtype is wide else value.data.to(wide)
         return torch.tensor(value.value if isinstance(value, Scalar) else value, dtype=wide)
 
     def wrap(result: torch.Tensor) -> Any:
