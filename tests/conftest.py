@@ -6,6 +6,7 @@ imported. `target` is one of both ways; a test that takes it runs once for each.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,42 +30,10 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
 from headfold import backends  # noqa: E402
 from headfold.planner import DEVICES, Device  # noqa: E402
-
-
-def _quicker_interpreter() -> None:
-    """The interpreter patches triton.language at a kernel's launch, and again, a third of its time, at every call of a
-    device function. Here each module's names are patched at the first such call of a launch."""
-    from triton import language
-    from triton.runtime import interpreter
-
-    patched: set[frozenset[str]] = set()
-    names: dict[object, frozenset[str]] = {}
-    launch = interpreter.GridExecutor.__call__
-
-    def new_launch(self: interpreter.GridExecutor, *args: object, **kwargs: object) -> None:
-        patched.clear()
-        launch(self, *args, **kwargs)
-
-    def call(self: interpreter.InterpretedFunction, *args: object, **kwargs: object) -> object:
-        if self.fn not in names:
-            seen = self.fn.__globals__.values()
-            names[self.fn] = frozenset(
-                m.__name__ for m in (language, language.core) if any(v is m for v in seen)
-            )
-        if names[self.fn] not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(names[self.fn])
-        try:
-            return self.rewrite()(*args, **kwargs)
-        except Exception as e:
-            raise interpreter.InterpreterError(repr(e)) from e
-
-    interpreter.GridExecutor.__call__ = new_launch
-    interpreter.InterpretedFunction.__call__ = call
-
+from tests import interpreter  # noqa: E402
 
 if not HAS_GPU and find_spec("triton"):
-    _quicker_interpreter()
+    interpreter.quicken()
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
@@ -114,6 +83,12 @@ def kernels() -> Iterator[Target]:
     """The GPU's kernels, for real where there is a GPU, else interpreted; in force for the test."""
     with KERNELS.running():
         yield KERNELS
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected, half a million objects, stays to the end: a search for garbage need not go
+    through all of it, which takes 0.2 s each time, and the tuner's tests ask for hundreds."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,8 +11,6 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
-import tempfile
 from multiprocessing import get_context
 from typing import Any
 
@@ -27,7 +25,9 @@ from headfold.planner.hopper import plan_hopper
 from headfold.problem import Inputs, problem_of
 from tests.aot.compile_variants import (
     TargetOnly,
+    assembler_log,
     code_of,
+    dump_of,
     figures,
     innermost,
     local_accesses,
@@ -142,17 +142,10 @@ def compiled_decode(x: Inputs) -> tuple[Plan, Any]:
     return plan, dict(done)["hopper_decode_kernel"]
 
 
-def block_loop_spills(kernel: Any) -> int:
+def block_loop_spills(dumped: str) -> int:
     """Local loads and stores in the loops over blocks: the innermost ones that hold products, and of those that hold
     copies and no product the ones that lie in another, which is a producer's loop over tiles."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        dump = [knobs.nvidia.cuobjdump.path, "-sass", cubin.name]
-        sass = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-    code = code_of(sass)
+    code = code_of(dumped)
     products = [address for address, text in code if "HGMMA" in text]
     copies = [address for address, text in code if re.search("UTMALDG|LDGSTS", text)]
     loops = loops_of(code, r"^@\S+ BRA\b.* (0x[0-9a-f]+)")  # waits jump back too, without a condition
@@ -171,12 +164,14 @@ def figures_of(task: tuple[bool, str]) -> tuple[str, dict[str, Any]]:
 
     decode, name = task
     driver.set_active(TargetOnly(90))
-    plan, kernel = compiled_decode(decodes()[name]) if decode else compiled(variants()[name])
+    with assembler_log() as log:
+        plan, kernel = compiled_decode(decodes()[name]) if decode else compiled(variants()[name])
+    dumped = dump_of(kernel)
     planned = {"planned": plan.shared_memory, "rows": plan.block_m}
     return name, {
-        **figures(kernel, 90),
+        **figures(kernel, 90, dumped, log.getvalue()),
         **planned,
-        "block_loop_spills": block_loop_spills(kernel),
+        "block_loop_spills": block_loop_spills(dumped),
     }
 
 

@@ -11,6 +11,7 @@ compiles nothing.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -18,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,21 +55,33 @@ class TargetOnly:
         return 0
 
 
-def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
-    """(kernel name, compiled kernel, plan) of what one call launches; an append has no plan."""
+@contextmanager
+def assembler_log() -> Iterator[io.StringIO]:
+    """What the assembler says while kernels are compiled within: nothing of one that was compiled before."""
+    from triton import knobs
+
+    knobs.nvidia.dump_ptxas_log = True
+    with redirect_stdout(io.StringIO()) as log:
+        yield log
+
+
+def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any, str]]:
+    """(kernel name, compiled kernel, plan, assembler's log) of what one call launches; an append has no plan."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
     from headfold.backends.append import prepare as prepare_append
 
     driver.set_active(TargetOnly(arch))
-    launches: list[tuple[str, Any]] = []
+    launches: list[tuple[str, Any, str]] = []
 
     def compile_only(kernel: Any, grid: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
             name = kernel.fn.__name__
             if BESIDE.get(name, "") == (variant.form if variant.form in BESIDE.values() else ""):
-                launches.append((name, kernel.run(*args, grid=grid, warmup=True, **kwargs)))
+                with assembler_log() as log:
+                    compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
+                launches.append((name, compiled, log.getvalue()))
 
         return launch
 
@@ -81,37 +96,42 @@ def compile_launches(variant: Variant, arch: int) -> list[tuple[str, Any, Any]]:
                     torch.empty_like(append.k if append.q is None else append.q),
                 )
                 prepare_append(append, *results)(append, *results)
-                return [(name, kernel, None) for name, kernel in launches]
+                return [(name, kernel, None, log) for name, kernel, log in launches]
             if variant.form == "step":
                 step = variant.step_inputs()
                 plan = appending.plan_of(step)
                 assert plan is not None, variant.name
                 ops.attend(step, torch.empty_like(step.q), torch.empty(step.lse_shape), appending.WAY)
-                return [(name, kernel, plan) for name, kernel in launches]
+                return [(name, kernel, plan, log) for name, kernel, log in launches]
             x = variant.inputs()
             _, plan = backends.plan_of(x)
             out = variant._tensor(x.out_shape[:-2], x.out_shape[-2], x.out_shape[-1], x.q.dtype)
             backends.run(x, out, torch.empty(x.lse_shape))
     finally:
         JITFunction.__getitem__ = before
-    return [(name, kernel, plan) for name, kernel in launches]
+    return [(name, kernel, plan, log) for name, kernel, log in launches]
 
 
-def figures(kernel: Any, arch: int) -> dict[str, Any]:
-    """Registers, stack, shared memory, instruction counts and the assembler's warnings of a compiled kernel."""
+def dump_of(kernel: Any) -> str:
+    """Resources and instructions of a compiled kernel."""
     from triton import knobs
 
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        dumped = _output(knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(cubin))
-        counts = {name.lower(): len(re.findall(rf"\b{name}\b", dumped)) for name in INSTRUCTIONS}
-        warnings: list[str] = []
-        if counts["hgmma"]:  # the warnings are about products left in flight
-            ptx = Path(folder) / "kernel.ptx"
-            ptx.write_text(kernel.asm["ptx"])
-            log = _output(_ptxas(arch), "-v", f"--gpu-name=sm_{arch}a", str(ptx), "-o", os.devnull)
-            warnings = sorted(set(re.findall(r"C75\d\d", log)))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        return _output(knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", cubin.name)
+
+
+def figures(kernel: Any, arch: int, dumped: str, log: str) -> dict[str, Any]:
+    """Registers, stack, shared memory, instruction counts and the assembler's warnings of a compiled kernel."""
+    words = Counter(
+        re.findall(r"\w+", dumped)
+    )  # once: a megabyte, which 13 searches take most of a second for
+    counts = {name.lower(): words[name] for name in INSTRUCTIONS}
+    warnings: list[str] = []
+    if counts["hgmma"]:  # the warnings are about products left in flight
+        said = log if kernel.metadata.name in log else _assembled_again(kernel, arch)
+        warnings = sorted(set(re.findall(r"C75\d\d", said)))
     return {
         "registers": int(re.search(r"\bREG:(\d+)", dumped)[1]),  # type: ignore[index]
         "stack": int(re.search(r"\bSTACK:(\d+)", dumped)[1]),  # type: ignore[index]
@@ -123,6 +143,14 @@ def figures(kernel: Any, arch: int) -> dict[str, Any]:
         "ldgsts128": len(re.findall(r"\bLDGSTS[.A-Z0-9]*\.128\b", dumped)),
         "warnings": warnings,
     }
+
+
+def _assembled_again(kernel: Any, arch: int) -> str:
+    """The assembler's log of a kernel that was found compiled."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(kernel.asm["ptx"])
+        ptx.flush()
+        return _output(_ptxas(arch), "-v", f"--gpu-name=sm_{arch}a", ptx.name, "-o", os.devnull)
 
 
 def spills_in_loops(dumped: str) -> int:
@@ -185,10 +213,10 @@ def report(task: tuple[Variant, int]) -> list[dict[str, Any]]:
                 **base,
                 "kernel": name,
                 "plan": dataclasses.asdict(plan) if plan else None,
-                **figures(kernel, arch),
+                **figures(kernel, arch, dump_of(kernel), log),
                 "seconds": round(time.perf_counter() - start, 2),
             }
-            for name, kernel, plan in launches
+            for name, kernel, plan, log in launches
         ]
     except Exception as e:
         return [{**base, "error": f"{type(e).__name__}: {e}"[-2000:]}]
@@ -198,6 +226,9 @@ def main() -> None:
     """Compile on all cores and print one JSON list."""
     arch, names = int(sys.argv[1]), sys.argv[2:]
     tasks = [(v, arch) for v in variants(arch) if not names or v.name in names]
+    # Calls that share a program, 16 of Hopper's 158, differ in their layout or feature. Apart from each other they find it
+    # in Triton's cache; side by side, each of two processes would compile it.
+    tasks.sort(key=lambda task: (task[0].layout, task[0].feature))
     torch.set_num_threads(1)
     with get_context("fork").Pool(os.cpu_count()) as pool:
         records = [record for one in pool.imap_unordered(report, tasks) for record in one]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -36,7 +37,7 @@ from headfold.kernels.specialize import (
     MERGE_ARGUMENTS,
     PREFILL_ARGUMENTS,
 )
-from headfold.planner import DEVICES, Device, Plan, make_plan
+from headfold.planner import DEVICES, Device, Plan, gpu, make_plan
 from headfold.planner.tuned import ROWS, Entry
 from headfold.problem import Inputs
 from tests.aot.variants import ALL_DIMS
@@ -68,6 +69,14 @@ FEATURES: list[dict[str, Any]] = [
 FEATURES += [
     {**f, **more} for f in FEATURES[:3] for more in ({"tokens_per_split": 4096}, {"attention_chunk": 700})
 ]
+
+
+@pytest.fixture(autouse=True)
+def remembered_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep asks for some hundred tiles, each thousands of times: a tile is a function of what is asked, and choosing one
+    takes half of a plan's time."""
+    for name in ("decode_tile", "prefill_tile", "shared_memory", "padded", "split_dim", "choose_splits"):
+        monkeypatch.setattr(gpu, name, functools.cache(getattr(gpu, name)))
 
 
 def sweep() -> Iterator[dict[str, Any]]:

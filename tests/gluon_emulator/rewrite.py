@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import inspect
 import textwrap
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -53,7 +55,11 @@ class Function:
         self._jit = jit
         self.__name__ = jit.fn.__name__
         self._signature = inspect.signature(jit.fn)
-        self._constants = {n for n, p in self._signature.parameters.items() if p.annotation is gl.constexpr}
+        self._constants = [
+            (i, name)
+            for i, (name, p) in enumerate(self._signature.parameters.items())
+            if p.annotation is gl.constexpr
+        ]
         self._compiled: Any = None
 
     @property
@@ -62,12 +68,10 @@ class Function:
         return {name: p.annotation for name, p in self._signature.parameters.items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = self._signature.bind(*args, **kwargs)
-        for name in self._constants & bound.arguments.keys():
-            if isinstance(bound.arguments[name], Value):
-                raise TypeError(
-                    f"{self.__name__}: {name} is a constexpr, and {bound.arguments[name]!r} is none"
-                )
+        for i, name in self._constants:
+            given = args[i] if i < len(args) else kwargs.get(name)
+            if isinstance(given, Value):
+                raise TypeError(f"{self.__name__}: {name} is a constexpr, and {given!r} is none")
         if self._compiled is None:
             self._compiled = self._compile()
         return self._compiled(*args, **kwargs)
@@ -95,6 +99,20 @@ def _view_as(buffer: shared.Shared, dtype: Any, shape: list[int], layout: Any) -
 
 
 _functions: dict[int, Function] = {}
+_constants: dict[int, Callable[..., Any]] = {}
+
+
+def _remembered(function: ConstexprFunction) -> Callable[..., Any]:
+    """The function of constants, such as a layout of a shape, that is computed once for each: a block asks for ten."""
+    known = functools.lru_cache(maxsize=None, typed=True)(function)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return known(*args, **kwargs)
+        except TypeError:  # a list, which cannot be looked up; or what the function raises, once more
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _table() -> dict[int, Any]:
@@ -133,7 +151,7 @@ def emulated(value: Any) -> Any:
     if isinstance(value, JITFunction | InterpretedFunction):
         return _functions.setdefault(id(value), Function(value))
     if isinstance(value, ConstexprFunction):
-        return value
+        return _constants.setdefault(id(value), _remembered(value))
     if isinstance(value, gl.constexpr):
         return value.value
     if isinstance(value, ModuleType):

@@ -29,6 +29,15 @@ TORCH = {
     gl.float64: torch.float64,
 }
 GLUON = {of_torch: of_gluon for of_gluon, of_torch in TORCH.items()}
+# Name of an integer type -> its first number, and the first behind its last. Types compare and classify themselves by
+# name, at some ten times the cost of a look-up, and a block takes a thousand numbers.
+LIMITS = {
+    dtype.name: (torch.iinfo(TORCH[dtype]).min, torch.iinfo(TORCH[dtype]).max + 1)
+    for dtype in TORCH
+    if dtype.is_int() and dtype != gl.int1
+}
+# Name of a type -> what torch computes with: integers in 64 bits, so that what leaves 32 can be seen.
+WIDE = {dtype.name: torch.int64 if dtype.name in LIMITS else of_torch for dtype, of_torch in TORCH.items()}
 
 ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
@@ -100,14 +109,13 @@ class Scalar(Value):
 
 def _rounded(value: Any, dtype: Any) -> Any:
     """A Python number as `dtype` holds it; an integer that does not fit raises."""
-    if dtype.is_floating():
-        return ctypes.c_float(value).value if dtype == gl.float32 else float(value)
-    if dtype == gl.int1:
+    limits = LIMITS.get(dtype.name)
+    if limits is None:
+        if dtype.is_floating():
+            return ctypes.c_float(value).value if dtype == gl.float32 else float(value)
         return bool(value)
-    bits, signed = dtype.primitive_bitwidth, dtype.is_int_signed()
     value = int(value)
-    low, high = (-(1 << bits - 1), 1 << bits - 1) if signed else (0, 1 << bits)
-    if not low <= value < high:
+    if not limits[0] <= value < limits[1]:
         raise OverflowError(f"{value} leaves the range of {dtype}")
     return value
 
@@ -190,7 +198,9 @@ class Pointer(Value):
 def cast(data: torch.Tensor, dtype: Any) -> torch.Tensor:
     """`data` as `dtype`. An integer that does not fit raises: a kernel that wraps around is wrong here."""
     target = TORCH[dtype]
-    if dtype.is_int() and dtype != gl.int1 and data.dtype in (torch.int32, torch.int64) and data.numel():
+    if data.dtype is target:
+        return data
+    if dtype.name in LIMITS and data.dtype in (torch.int32, torch.int64) and data.numel():
         limits = torch.iinfo(target)
         if int(data.min()) < limits.min or int(data.max()) > limits.max:
             raise OverflowError(f"{int(data.min())}..{int(data.max())} leaves the range of {dtype}")
@@ -218,6 +228,8 @@ def common_dtype(a: Any, b: Any) -> Any:
         if strong == gl.int1 and not isinstance(weak, bool):
             return number(weak).dtype
         return strong
+    if a.dtype is b.dtype:
+        return a.dtype
     ranked = sorted((a.dtype, b.dtype), key=lambda t: (t.is_floating(), t.primitive_bitwidth))
     if {t.name for t in ranked} == {"fp16", "bf16"}:
         return gl.float32
@@ -237,7 +249,8 @@ def binary(name: str, a: Any, b: Any) -> Any:
     if name == "truediv" and not dtype.is_floating():
         dtype = gl.float32
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
-        return _of_scalars(name, *(one.value if isinstance(one, Scalar) else one for one in (a, b)), dtype)
+        left = a.value if isinstance(a, Scalar) else a
+        return _of_scalars(name, left, b.value if isinstance(b, Scalar) else b, dtype)
     left, right, wrap = operands(a, b, dtype)
     if name in COMPARISONS:
         return wrap(COMPARISONS[name](left, right))
@@ -268,18 +281,15 @@ def _of_scalars(name: str, a: Any, b: Any, dtype: Any) -> Scalar:
 
 
 def operands(a: Any, b: Any, dtype: Any) -> tuple[torch.Tensor, torch.Tensor, Callable[[Any], Any]]:
-    """Both sides, one a tensor, ready for a torch operator with a result of `dtype`, and how to wrap that result.
-
-    Integers come in 64 bits, so that what leaves 32 can be seen.
-    """
+    """Both sides, one a tensor, ready for a torch operator with a result of `dtype`, and how to wrap that result."""
     tensors = [t for t in (a, b) if isinstance(t, Tensor)]
     if len(tensors) == 2 and tensors[0].layout != tensors[1].layout:
         raise ValueError(f"layouts differ: {tensors[0].layout} and {tensors[1].layout}")
-    wide = torch.int64 if dtype.is_int() and dtype != gl.int1 else TORCH[dtype]
+    wide = WIDE[dtype.name]
 
     def data(value: Any) -> torch.Tensor:
         if isinstance(value, Tensor):
-            return value.data.to(wide)
+            return value.data if value.data.dtype is wide else value.data.to(wide)
         return torch.tensor(value.value if isinstance(value, Scalar) else value, dtype=wide)
 
     def wrap(result: torch.Tensor) -> Any:
