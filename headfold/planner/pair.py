@@ -123,5 +123,6 @@ def plan_pair(p: Problem, device: Device, sizes: Sequence[int]) -> PairPlan | No
         paged=True,
         page_rows=page_rows(p, tile.keys),
         aligned=p.aligned,
+        shared_memory=decode_memory(p, tile, tile.stages),
     )
     return PairPlan(whole, part(0), part(1), programs)

@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 
+from headfold.backends import hopper_pair
 from headfold.backends.hopper import launch_arguments
 from headfold.backends.launch import compile_only
 from headfold.backends.triton import prepare
 from headfold.kernels.hopper.prefill import prefill_kernel
 from headfold.planner import DEVICES, Plan, make_plan
 from headfold.planner.hopper import plan_hopper
+from headfold.planner.pair import plan_pair
 from headfold.problem import Inputs, problem_of
+from headfold.shared_prefix import Parts
 from tests.aot.compile_variants import (
     TargetOnly,
     assembler_log,
@@ -142,6 +145,30 @@ def compiled_decode(x: Inputs) -> tuple[Plan, Any]:
     return plan, dict(done)["hopper_decode_kernel"]
 
 
+def pairs() -> dict[str, Inputs]:
+    """name -> a call with a shared prefix that compiles to a program of the pair kernel."""
+    found = {}
+    for d, page_size in ((64, 16), (96, 16), (128, 8), (128, 64), (256, 16)):
+        x = paged(d, d, page_size)
+        x.q = x.q[:, :1]
+        found[f"pair d{d}/{d} pages of {page_size}"] = x
+    return found
+
+
+def compiled_pair(x: Inputs) -> tuple[Plan, Any]:
+    """The plan of a call whose sequences are one group, and its compiled kernel."""
+    problem = dataclasses.replace(problem_of(x), device_type="cuda")
+    plan = plan_pair(problem, DEVICES["h200"], (x.batch,))
+    assert plan is not None
+    assert x.page_table is not None
+    table, numbers = x.page_table[:1], torch.empty(x.batch + 1, dtype=torch.int32)
+    parts = Parts(numbers, numbers[:1], numbers, slice(None, None, x.batch), 16, x.batch)
+    out, lse = torch.empty(x.out_shape, dtype=x.q.dtype), torch.empty(x.lse_shape)
+    with compile_only() as done:
+        hopper_pair.prepare(plan, x, out, lse, parts, lambda x: (numbers[:2], table))(x, out, lse)
+    return plan.whole, dict(done)["hopper_pair_kernel"]
+
+
 def block_loop_spills(dumped: str) -> int:
     """Local loads and stores in the loops over blocks: the innermost ones that hold products, and of those that hold
     copies and no product the ones that lie in another, which is a producer's loop over tiles."""
@@ -158,14 +185,22 @@ def block_loop_spills(dumped: str) -> int:
     return local_accesses(code, inner + fetching)
 
 
-def figures_of(task: tuple[bool, str]) -> tuple[str, dict[str, Any]]:
-    """(name, figures) of a call that goes to the decode kernel, or to the prefill kernel."""
+KINDS = {
+    "prefill": (variants, compiled),
+    "decode": (decodes, compiled_decode),
+    "pair": (pairs, compiled_pair),
+}
+
+
+def figures_of(task: tuple[str, str]) -> tuple[str, dict[str, Any]]:
+    """(name, figures) of a call that goes to the kernel of a kind."""
     from triton.runtime.driver import driver
 
-    decode, name = task
+    kind, name = task
+    calls, compiled_call = KINDS[kind]
     driver.set_active(TargetOnly(90))
     with assembler_log() as log:
-        plan, kernel = compiled_decode(decodes()[name]) if decode else compiled(variants()[name])
+        plan, kernel = compiled_call(calls()[name])
     dumped = dump_of(kernel)
     planned = {"planned": plan.shared_memory, "rows": plan.block_m}
     return name, {
@@ -177,7 +212,7 @@ def figures_of(task: tuple[bool, str]) -> tuple[str, dict[str, Any]]:
 
 def main() -> None:
     """Print one JSON object, name -> figures. Compiles on all cores."""
-    tasks = [*((False, name) for name in variants()), *((True, name) for name in decodes())]
+    tasks = [(kind, name) for kind, (calls, _) in KINDS.items() for name in calls()]
     torch.set_num_threads(1)
     with get_context("fork").Pool(os.cpu_count()) as pool:
         print(json.dumps(dict(pool.imap_unordered(figures_of, tasks))))

@@ -17,7 +17,8 @@ from headfold.planner import DEVICES
 from tests.aot.conftest import ROOT
 
 STACK = 56  # bytes that a thread puts aside for its tile loop
-KNOWN_STACK = {"d256/256 pages of 1, softcap": 72}
+# A pair's programs keep in registers what others read from their arguments: which of two it is is known at run time.
+KNOWN_STACK = {"d256/256 pages of 1, softcap": 72, "pair d256/256 pages of 16": 408}
 
 Report = dict[str, dict[str, Any]]
 
@@ -67,6 +68,14 @@ def test_nothing_spills_in_the_loops_over_blocks(report: Report) -> None:
 
 def test_shared_memory_is_what_was_planned(report: Report) -> None:
     assert all(r["smem"] <= r["planned"] <= DEVICES["h200"].smem for r in report.values())
+
+
+def test_two_programs_of_a_pair_fit_a_multiprocessor(report: Report) -> None:
+    """But of heads too wide for that: their registers, and shared memory with what each program reserves."""
+    pairs = {n: r for n, r in report.items() if n.startswith("pair") and "d256" not in n}
+    assert pairs
+    assert all(2 * 256 * r["registers"] <= 65536 for r in pairs.values())
+    assert all(2 * (r["smem"] + 1024) <= 228 << 10 for r in pairs.values())
 
 
 def test_three_consumers_are_compiled_too(report: Report) -> None:
