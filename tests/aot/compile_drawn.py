@@ -3,8 +3,9 @@
     python -m tests.aot.compile_drawn EXAMPLES SEED [SEED ...]
 
 To be followed, on the same machine, by HEADFOLD_EXAMPLES=EXAMPLES HEADFOLD_SEED=SEED pytest tests/kernels/test_features.py
--k "together and gpu" for every seed, side by side: processes that each compile what they need first compile most of it many
-times. The calls are planned for an H200, on tensors without memory.
+-k "together and gpu" for every seed, side by side, with OMP_NUM_THREADS=1: processes that each compile what they need first
+compile most of it many times, and processes that each have a thread for every core wait for one another (370 calls take
+15 s, or more than ten minutes). The calls are planned for an H200, on tensors without memory.
 """
 
 from __future__ import annotations
