@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from headfold import backends
+from headfold import backends, shared_prefix
 from headfold.append import AppendInputs
 from headfold.appending import AppendingInputs, plan_of
 from headfold.planner import DEVICES, Device
@@ -218,6 +218,19 @@ def _steps(model: Model) -> Iterator[Callable[[], None]]:
             yield partial(prepare(plan, x, out, lse), x, out, lse)
 
 
+def _shared_prefixes(model: Model) -> Iterator[Callable[[], None]]:
+    """Decoding steps over a shared prefix, where one launch has both of their parts; else they are two attentions."""
+    batch = 8
+    _, pages = _caches(model, batch, 4096)
+    q = _meta(batch, 1, model.num_heads, model.head_dim, dtype=model.dtype)
+    x = Inputs(q, **pages, seqused_k=_meta(batch), **_features(model))
+    out, lse = _meta(*x.out_shape, dtype=x.q.dtype), _meta(*x.lse_shape, dtype=torch.float32)
+    with shared_prefix.force(True):
+        way = shared_prefix.way_of(x, shared_prefix.Groups((2048,), None), out, lse)
+    if way is not None and way.pair is not None:
+        yield partial(way.pair, x, out, lse)
+
+
 def device_of_arch(arch: str) -> Device:
     """The planner's device of an architecture, given as sm_90.
 
@@ -263,7 +276,9 @@ def precompile(model: Model, arch: str, cache: Path, progress: Callable[[str], N
         compile_only() as done,
     ):
         knobs.cache.dir = str(cache.absolute())
-        for launch in itertools.chain(_attentions(model), _appends(model), _steps(model)):
+        for launch in itertools.chain(
+            *(calls(model) for calls in (_attentions, _appends, _steps, _shared_prefixes))
+        ):
             launch()
             for name, kernel in done:
                 if kernel.hash not in seen:

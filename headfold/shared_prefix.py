@@ -265,7 +265,7 @@ def _make_parts(
         )
 
 
-def _way_of(x: Inputs, groups: Groups, out: torch.Tensor, lse: torch.Tensor) -> Way | None:
+def way_of(x: Inputs, groups: Groups, out: torch.Tensor, lse: torch.Tensor) -> Way | None:
     """How checked inputs run, None where that is as without groups."""
     parts = parts_of(x, groups)
     if parts is None:
@@ -371,7 +371,7 @@ def _attend_shared(
             check_shared_prefix(x, *groups.of(x.batch))
     out, lse = results or empty_results(x)
     if not known:
-        prepared.keep(facts, _way_of(x, groups, out, lse), _kept)
+        prepared.keep(facts, way_of(x, groups, out, lse), _kept)
     way = _kept[facts]
     if way is None:
         attend(x, out, lse)

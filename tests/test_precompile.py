@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from headfold import precompile
+from headfold import backends, precompile
+from headfold.planner import DEVICES
 from headfold.precompile import Model, read_model
 
 LLAMA = {
@@ -107,13 +108,26 @@ def test_calls_hold_no_memory_and_pass_the_checks() -> None:
     assert len(list(precompile.appends_of(model))) > 0
 
 
+@pytest.mark.parametrize(
+    ("device", "more", "count"),
+    [("h200", {}, 1), ("h200", {"sinks": True}, 0), ("h200", {"softcap": 50.0}, 0), ("a100", {}, 0)],
+    ids=str,
+)
+def test_shared_prefixes_are_compiled_where_they_have_programs_of_their_own(
+    device: str, more: dict[str, Any], count: int
+) -> None:
+    model = Model(32, 8, 128, 128, torch.bfloat16, **more)
+    with backends.force(DEVICES[device]):
+        assert len(list(precompile._shared_prefixes(model))) == count
+
+
 def test_steps_of_a_hopper_gpu_append_in_the_attentions_launch() -> None:
     """Dense and paged, rotated and not; other GPUs have a launch for each."""
-    from headfold import appending, backends
+    from headfold import appending
 
     model = Model(8, 2, 64, 64, torch.bfloat16, rotary_dim=64)
     for device, inside in (("h200", True), ("a100", False)):
-        with backends.force(precompile.DEVICES[device]):
+        with backends.force(DEVICES[device]):
             plans = [appending.plan_of(x) for x in precompile.steps_of(model)]
         assert len(plans) == 4 * len(precompile.BATCHES)
         assert all((plan is not None) == inside for plan in plans)
@@ -155,6 +169,12 @@ def test_a_second_compilation_finds_every_kernel(tmp_path: Path) -> None:
     first, names = compile_into(tmp_path / "cache")
     kept = kernels_in(tmp_path)
     assert first == len(names) == sum(p.suffix == ".cubin" for p in kept)
-    assert {"decode_kernel", "prefill_kernel", "append_kernel"} <= set(names)
+    assert {
+        "decode_kernel",
+        "prefill_kernel",
+        "append_kernel",
+        "hopper_pair_kernel",
+        "pair_merge_kernel",
+    } <= set(names)
     assert compile_into(tmp_path / "cache")[0] == first
     assert kernels_in(tmp_path) == kept
