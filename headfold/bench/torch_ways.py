@@ -27,12 +27,12 @@ _DENSE = ("decode", "speculative", "prefill")
 
 
 def _is_dense(case: Case, device_type: str) -> bool:
-    return case.kind in _DENSE
+    return case.kind in _DENSE and not case.is_paged
 
 
 def _has_late_queries(case: Case, device_type: str) -> bool:
     """Bottom-right causal with fewer queries than keys, for which is_causal means something else."""
-    return case.kind in _DENSE and case.causal and case.sq != case.sk
+    return case.kind in _DENSE and not case.is_paged and case.causal and case.sq != case.sk
 
 
 def _bool_mask(case: Case, device: torch.device) -> torch.Tensor:
@@ -150,7 +150,10 @@ def _attend_dense(
     case: Case, x: CaseInputs, mask: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
     k, v = (t[:, : case.sk].transpose(1, 2) for t in (k, v))
-    out = F.scaled_dot_product_attention(x.q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=case.group > 1)
+    q, is_causal = x.q.transpose(1, 2), case.causal and case.sq > 1
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=case.group > 1
+    )
     return out.transpose(1, 2)
 
 
@@ -292,7 +295,7 @@ register(
         "torch-gather",
         "pages gathered into a dense cache, then scaled_dot_product_attention",
         _gather,
-        applies=lambda case, device_type: case.is_paged and case.sq == 1,
+        applies=lambda case, device_type: case.is_paged and (case.sq == 1 or case.sq == case.sk),
         by_default=_on("cpu", "cuda"),
     )
 )

@@ -15,6 +15,7 @@ TINY = (
     Case("tiny-ragged-paged", "ragged decode", 8, 2, 32, 32, 3, 1, 70, (5, 70, 33), 4),
     Case("tiny-speculative", "speculative", 8, 2, 32, 32, 1, 4, 90, causal=True),
     Case("tiny-prefill", "prefill", 8, 2, 32, 32, 1, 200, 200, causal=True),
+    Case("tiny-prefill-paged", "prefill", 8, 2, 32, 32, 2, 60, 60, page_size=16, causal=True),
     Case("tiny-mha", "prefill", 3, 3, 32, 16, 1, 40, 60),
     Case("tiny-prefix", "paged decode", 8, 2, 32, 32, 3, 1, 50, page_size=16, shared=32),
     Case(
