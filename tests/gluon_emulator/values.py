@@ -32,9 +32,9 @@ GLUON = {of_torch: of_gluon for of_gluon, of_torch in TORCH.items()}
 # Name of an integer type -> its first number, and the first behind its last. Types compare and classify themselves by
 # name, at some ten times the cost of a look-up, and a block takes a thousand numbers.
 LIMITS = {
-    dtype.name: (torch.iinfo(TORCH[dtype]).min, torch.iinfo(TORCH[dtype]).max + 1)
-    for dtype in TORCH
-    if dtype.is_int() and dtype != gl.int1
+    f"{sign}int{bits}": (0, 1 << bits) if sign else (-(1 << bits - 1), 1 << bits - 1)
+    for bits in (8, 16, 32, 64)
+    for sign in ("", "u")
 }
 # Name of a type -> what torch computes with: integers in 64 bits, so that what leaves 32 can be seen.
 WIDE = {dtype.name: torch.int64 if dtype.name in LIMITS else of_torch for dtype, of_torch in TORCH.items()}
