@@ -281,7 +281,7 @@ def way_of(x: Inputs, groups: Groups, out: torch.Tensor, lse: torch.Tensor) -> W
         return Way(parts, None)
     from headfold.backends.hopper_pair import prepare
 
-    return Way(parts, prepare(plan, x, out, lse, parts, lambda x: sources_of(x, parts)))
+    return Way(parts, prepare(plan, x, out, lse, parts.prefixes, parts.pads, lambda x: sources_of(x, parts)))
 
 
 def sources_of(x: Inputs, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:

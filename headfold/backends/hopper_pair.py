@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 
 from headfold.backends import Runner, hopper_decode
 from headfold.backends.besides import OPEN_SIDE, address, division
 from headfold.backends.launch import Launcher
-from headfold.backends.triton import constants, lse_strides, out_strides, scales
+from headfold.backends.triton import band, constants, lse_strides, out_strides, scales
 from headfold.backends.workspace import workspace
 from headfold.kernels.hopper.pair import hopper_pair_kernel
 from headfold.kernels.pair_merge import pair_merge_kernel
@@ -23,16 +22,6 @@ MERGE_PROGRAMS = 2048
 MERGE_STATES = 16
 
 
-class Groups(Protocol):
-    """What a call with shared prefixes keeps on the device: `headfold.shared_prefix.Parts`."""
-
-    @property
-    def prefixes(self) -> torch.Tensor: ...
-
-    @property
-    def pads(self) -> torch.Tensor: ...
-
-
 Sources = Callable[[Inputs], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -41,7 +30,8 @@ def prepare(
     x: Inputs,
     out: torch.Tensor,
     lse: torch.Tensor,
-    groups: Groups,
+    prefixes: torch.Tensor,
+    pads: torch.Tensor,
     sources: Sources,
 ) -> Runner:
     """What runs a plan, for calls that look like (x, out, lse).
@@ -49,7 +39,8 @@ def prepare(
     Args:
         plan: the PairPlan.
         x, out, lse: checked inputs and where their results go.
-        groups: lengths of the groups' prefixes, and of the keys before each sequence's own.
+        prefixes: (groups,) int32, lengths of the groups' prefixes.
+        pads: (b,) int32, how many keys come before each sequence's own.
         sources: gives a call's first query of every group with the end, and the page table of the groups.
     """
     whole = plan.whole
@@ -67,7 +58,7 @@ def prepare(
     by_group = division(x.q.shape[-2] // x.k.shape[-2])
     places = Places(plan, width)
     unwanted = lse.numel()  # floats where an LSE goes that nobody asked for
-    right = OPEN_SIDE if x.window_right < 0 else min(x.window_right, OPEN_SIDE)
+    _, right, _ = band(x)
     dense = x.cu_seqlens_q is None
     capacity = x.q.shape[1] if dense else 0
     strides = x.q.stride() if dense else (0, *x.q.stride())
@@ -76,7 +67,7 @@ def prepare(
     after = (strides[2], width, x.k.shape[1], scales(x)[1])
     results = (width, *out_strides(x, out), *lse_strides(x, lse))
     own, prefix = ((part.lanes, *division(part.lanes)) for part in (plan.own, plan.prefix))
-    count = groups.prefixes.shape[0]
+    count = prefixes.shape[0]
 
     def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         bounds, table = sources(x)
@@ -87,10 +78,10 @@ def prepare(
         launch(
             (
                 *(*boxes(x), x.q.data_ptr(), whole.gap, *units, *fold, *by_group, *after),
-                *(address(x.cu_seqlens_q), address(x.seqused_k), groups.pads.data_ptr()),
+                *(address(x.cu_seqlens_q), address(x.seqused_k), pads.data_ptr()),
                 *(x.page_table.data_ptr(), x.page_table.stride(0), x.batch, capacity, *own),
                 *(plan.own.weight, *own_states, strides[0], strides[1], right),
-                *(bounds.data_ptr(), groups.prefixes.data_ptr(), 0),
+                *(bounds.data_ptr(), prefixes.data_ptr(), 0),
                 *(table.data_ptr(), table.stride(0), count, 0, *prefix),
                 *(plan.prefix.weight, *prefix_states, 0, of_query, OPEN_SIDE),
             )
@@ -98,8 +89,8 @@ def prepare(
         merge(
             (
                 *(out.data_ptr(), lse_at, *units, *fold, *results),
-                *(address(x.cu_seqlens_q), x.batch, capacity, *own, *own_states),
-                *(bounds.data_ptr(), count, 0, *prefix, *prefix_states),
+                *(address(x.cu_seqlens_q), capacity, *own[1:], bounds.data_ptr(), count),
+                *(plan.own.lanes, *own_states, plan.prefix.lanes, *prefix_states),
             )
         )
 

@@ -120,7 +120,7 @@ def _prefill(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Run
         0,
         *lse_strides(x, lse),
         *_pages(x),
-        *_band(x),
+        *band(x),
         *scales(x),
         x.attention_chunk or OPEN_SIDE,
         0,
@@ -152,7 +152,7 @@ def _live_blocks(plan: Plan, x: Inputs, mask: torch.Tensor) -> Callable[[Inputs]
     sequences, units, tiles = plan.mask_lists
     shape = (*plan.mask_lists, 1 + plan.mask_list_blocks)
     before = (shape[3], units, tiles)
-    numbers = (x.q.shape[1], x.k.shape[1], plan.fold, *_band(x), x.attention_chunk or OPEN_SIDE)
+    numbers = (x.q.shape[1], x.k.shape[1], plan.fold, *band(x), x.attention_chunk or OPEN_SIDE)
     kind = (besides.kind(mask), *_steps(mask), mask.stride(3))
     size = mask.element_size()
     variant = {
@@ -206,7 +206,7 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     cuts = (plan.ranges, plan.even_ranges, plan.gap)
     fold = (width, rows, plan.fold, *division(plan.fold))
     results = (*out_strides(x, out), *lse_strides(x, lse))
-    band = _band(x)
+    sides = band(x)
     chunk = x.attention_chunk or OPEN_SIDE
     order = (*schedule, *division(plan.num_splits), *cuts, _ahead(x), *extents)
     before = (*capacities, *growth, int(_reads_late(x)), *order)
@@ -216,7 +216,7 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         *_input_strides(x),
         *results,
         *_pages(x),
-        *band,
+        *sides,
         *scales(x),
         chunk,
     )
@@ -245,7 +245,7 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
 
     merge = _merge(plan, x, variant, items * lanes, rows)
     merge_before = (*capacities, *growth, *schedule, *cuts, *extents)
-    merge_after = (*fold, *results, *band, chunk)
+    merge_after = (*fold, *results, *sides, chunk)
 
     size = count * (width + 1)
 
@@ -350,7 +350,7 @@ def _pages(x: Inputs) -> tuple[int, ...]:
     return (x.page_table.stride(0) if x.page_table is not None else 0, page_size, *division(page_size))
 
 
-def _band(x: Inputs) -> tuple[int, int, int]:
+def band(x: Inputs) -> tuple[int, int, int]:
     """`window_left`, `window_right` and `bottom_right`."""
     return (
         OPEN_SIDE if x.window_left < 0 else min(x.window_left, OPEN_SIDE),

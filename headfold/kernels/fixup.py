@@ -3,21 +3,8 @@
 import triton
 import triton.language as tl
 
+from headfold.kernels.parts.spans import find_row
 from headfold.kernels.specialize import FIXUP_INTEGERS
-
-
-@triton.jit
-def find_row(position, cu_seqlens, batch):
-    """The sequence that owns a row of a ragged batch, and that sequence's first row."""
-    low = 0
-    high = batch
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(cu_seqlens + middle) <= position:
-            low = middle
-        else:
-            high = middle
-    return low, tl.load(cu_seqlens + low)
 
 
 @triton.jit(do_not_specialize=FIXUP_INTEGERS)

@@ -11,6 +11,7 @@ from headfold.kernels.parts.address import aligned, pointer
 from headfold.kernels.parts.division import divide
 from headfold.kernels.parts.schedule import count_blocks, look_up, place_of, range_of
 from headfold.kernels.parts.spans import find_sequence
+from headfold.kernels.parts.states import add_states, finish_row
 from headfold.kernels.specialize import MERGE_ARGUMENTS
 
 
@@ -132,27 +133,15 @@ def merge_kernel(
             # The first state of a tile lies one place before where the step would put it.
             state = first_state + s * step - tl.where((s > 0) & (step > 1), 1, 0)
             at = (state * lanes + lane).to(tl.int64) * state_rows + row
-            lse = tl.load(pointer(state_lses, tl.float32, 1) + at, mask=s < n, other=float("-inf"))
-            lse *= 1.4426950408889634
-            where = (at * aligned(state_width, 8))[:, None] + column[None, :]
-            there = (s < n)[:, None] & (column < HEAD_DIM_V)[None, :]
-            values = tl.load(pointer(states, tl.float32, 4) + where, mask=there, other=0.0)
-            new_top = tl.maximum(top, tl.max(lse, 0))
-            safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-            weight = tl.exp2(lse - safe)
-            shrink = tl.exp2(top - safe)
-            acc = acc * shrink + tl.sum(values * weight[:, None], 0)
-            total = total * shrink + tl.sum(weight, 0)
-            top = new_top
-        empty = total == 0.0
-        whole = tl.where(empty, 1.0, total)
+            acc, top, total = add_states(
+                (acc, top, total), states, state_lses, at, s < n, state_width, column, HEAD_DIM_V
+            )
+        result, lse = finish_row((acc, top, total))
         position = divide(first_row + row, (fold_magic, fold_shift))
         head = unit * fold + first_row + row - position * fold
         position = (q_first + position).to(tl.int64)
         at = seq.to(tl.int64) * aligned(out_stride_b, ALIGN) + position * aligned(out_stride_s, ALIGN)
         at += head.to(tl.int64) * aligned(out_stride_h, ALIGN)
-        result = pointer(Out, ELEMENT, ALIGN)
-        tl.store(result + at + column, (acc / whole).to(ELEMENT), mask=column < HEAD_DIM_V)
+        tl.store(pointer(Out, ELEMENT, ALIGN) + at + column, result.to(ELEMENT), mask=column < HEAD_DIM_V)
         at = seq.to(tl.int64) * lse_stride_b + position * lse_stride_s + head.to(tl.int64) * lse_stride_h
-        lse = tl.where(empty, float("-inf"), (top + tl.log2(whole)) * 0.6931471805599453)
         tl.store(pointer(Lse, tl.float32, 1) + at, lse)

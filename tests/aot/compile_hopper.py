@@ -25,7 +25,6 @@ from headfold.planner import DEVICES, Plan, make_plan
 from headfold.planner.hopper import plan_hopper
 from headfold.planner.pair import plan_pair
 from headfold.problem import Inputs, problem_of
-from headfold.shared_prefix import Parts
 from tests.aot.compile_variants import (
     TargetOnly,
     assembler_log,
@@ -162,10 +161,11 @@ def compiled_pair(x: Inputs) -> tuple[Plan, Any]:
     assert plan is not None
     assert x.page_table is not None
     table, numbers = x.page_table[:1], torch.empty(x.batch + 1, dtype=torch.int32)
-    parts = Parts(numbers, numbers[:1], numbers, slice(None, None, x.batch), 16, x.batch)
     out, lse = torch.empty(x.out_shape, dtype=x.q.dtype), torch.empty(x.lse_shape)
     with compile_only() as done:
-        hopper_pair.prepare(plan, x, out, lse, parts, lambda x: (numbers[:2], table))(x, out, lse)
+        prefixes, pads = numbers[:1], numbers[1:]
+        run = hopper_pair.prepare(plan, x, out, lse, prefixes, pads, lambda x: (numbers[:2], table))
+        run(x, out, lse)
     return plan.whole, dict(done)["hopper_pair_kernel"]
 
 

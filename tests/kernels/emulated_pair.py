@@ -69,7 +69,7 @@ def attend(
 
     before, hopper_pair.Launcher = hopper_pair.Launcher, Emulated  # type: ignore[misc]
     try:
-        hopper_pair.prepare(plan, x, out, lse, parts, sources)(x, out, lse)
+        hopper_pair.prepare(plan, x, out, lse, parts.prefixes, parts.pads, sources)(x, out, lse)
     finally:
         hopper_pair.Launcher = before  # type: ignore[misc]
     return out, lse

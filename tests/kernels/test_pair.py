@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from headfold.kernels.parts.pair import cut_pair, find_group
+from headfold.kernels.parts.pair import cut_pair
+from headfold.kernels.parts.spans import find_row
 from tests.conftest import KERNELS
 
 
@@ -24,7 +25,9 @@ def cut_kernel(found, programs, own_total, own_lanes, own_weight, total, lanes, 
 
 @triton.jit
 def group_kernel(found, bounds, query, groups):  # type: ignore[no-untyped-def]
-    tl.store(found, find_group(query, bounds, groups))
+    group, first = find_row(query, bounds, groups)
+    tl.store(found, group)
+    tl.store(found + 1, first)
 
 
 def cut(programs: int, own: tuple[int, int, int], prefix: tuple[int, int, int]) -> tuple[int, int]:
@@ -58,8 +61,9 @@ def test_both_lists_end_together(
 @pytest.mark.parametrize("bounds", [[0, 5], [0, 1, 4, 4, 9], [0, 3, 3, 3, 10]], ids=str)
 def test_a_query_belongs_to_the_group_that_holds_it(bounds: list[int]) -> None:
     table = torch.tensor(bounds, dtype=torch.int32, device=KERNELS.device)
-    found = torch.zeros(1, dtype=torch.int32, device=KERNELS.device)
+    found = torch.zeros(2, dtype=torch.int32, device=KERNELS.device)
     for query in range(bounds[-1]):
         group_kernel[(1,)](found, table, query, len(bounds) - 1)
-        group = int(found)
+        group, first = found.tolist()
+        assert first == bounds[group]
         assert bounds[group] <= query < bounds[group + 1]

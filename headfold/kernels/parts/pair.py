@@ -22,17 +22,3 @@ def cut_pair(programs, own, prefix):
     most = (programs - own[1]) // prefix[1]
     ranges = tl.minimum(tl.maximum(nearest.to(tl.int32), 1), most)
     return ranges, (programs - ranges * prefix[1]) // own[1]
-
-
-@triton.jit
-def find_group(query, bounds, groups):
-    """The group that a query belongs to; bounds (groups + 1,) are the groups' first queries and the end."""
-    low = 0
-    high = groups
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(bounds + middle) <= query:
-            low = middle
-        else:
-            high = middle
-    return low

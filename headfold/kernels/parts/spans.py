@@ -31,6 +31,20 @@ def find_sequence(tile, cu_seqlens_q, batch, fold, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def find_row(position, cu_seqlens, batch):
+    """The sequence that owns a row of a ragged batch, and that sequence's first row. cu_seqlens is a pointer."""
+    low = 0
+    high = batch
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(cu_seqlens + middle) <= position:
+            low = middle
+        else:
+            high = middle
+    return low, tl.load(cu_seqlens + low)
+
+
+@triton.jit
 def sequence_span(seq, cu_seqlens, seqused, capacity):
     """(a sequence's first row in a ragged tensor, 0 in any other; its length). The tensors are addresses."""
     first = load_index(cu_seqlens, seq, 0)

@@ -30,3 +30,31 @@ def store_state(
     if DV1 > 0:
         store_rows(base, rows * aligned(width, 8), live, out1, HEAD_DIM_V, DV0, DV1)
     tl.store(pointer(state_lses, tl.float32, 1) + rows, lse, mask=live)
+
+
+@triton.jit
+def add_states(merged, states, state_lses, at, live, width, column, columns):
+    """`merged`, a row's (accumulator, maximum, sum), with its states in the rows `at` added, where they are `live`.
+
+    states (rows of `width` floats, of which the first `columns` count) and state_lses are addresses.
+    """
+    acc, top, total = merged
+    lse = tl.load(pointer(state_lses, tl.float32, 1) + at, mask=live, other=float("-inf"))
+    lse *= 1.4426950408889634
+    where = (at * aligned(width, 8))[:, None] + column[None, :]
+    there = live[:, None] & (column < columns)[None, :]
+    values = tl.load(pointer(states, tl.float32, 4) + where, mask=there, other=0.0)
+    new_top = tl.maximum(top, tl.max(lse, 0))
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weight = tl.exp2(lse - safe)
+    shrink = tl.exp2(top - safe)
+    return acc * shrink + tl.sum(values * weight[:, None], 0), new_top, total * shrink + tl.sum(weight, 0)
+
+
+@triton.jit
+def finish_row(merged):
+    """(output, LSE) of a row whose states are merged; 0 and -inf where it has seen no key."""
+    acc, top, total = merged
+    empty = total == 0.0
+    whole = tl.where(empty, 1.0, total)
+    return acc / whole, tl.where(empty, float("-inf"), (top + tl.log2(whole)) * 0.6931471805599453)
