@@ -32,7 +32,7 @@ def _is_dense(case: Case, device_type: str) -> bool:
 
 def _has_late_queries(case: Case, device_type: str) -> bool:
     """Bottom-right causal with fewer queries than keys, for which is_causal means something else."""
-    return case.kind in _DENSE and not case.is_paged and case.causal and case.sq != case.sk
+    return _is_dense(case, device_type) and case.causal and case.sq != case.sk
 
 
 def _bool_mask(case: Case, device: torch.device) -> torch.Tensor:

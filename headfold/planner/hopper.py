@@ -170,7 +170,7 @@ def decode_tile(p: Problem, device: Device, rows: int) -> Tile | str:
         return f"the Triton kernel, not the Gluon one, {reason}"
     # Two consumers of wide heads spill, and shared memory holds two stages for them.
     consumers = 1 if keys < 128 else min(CONSUMERS, -(-rows // CONSUMER_ROWS))
-    return decode_tile_of(p, device, consumers)
+    return decode_tile_of(p, device, consumers, keys)
 
 
 def decode_refusal(p: Problem) -> str:
@@ -185,11 +185,11 @@ def decode_refusal(p: Problem) -> str:
     return reason
 
 
-def decode_tile_of(p: Problem, device: Device, consumers: int) -> Tile:
-    """The decode kernel's tile with so many consumers, and as many stages as shared memory has room for."""
-    tile = Tile(CONSUMER_ROWS * consumers, decode_keys(p), 4 * (consumers + 1), 1, tma=True)
+def decode_tile_of(p: Problem, device: Device, consumers: int, keys: int, resident: int = 1) -> Tile:
+    """A tile of the decode kernel, with as many stages as shared memory has room for beside its other programs."""
+    tile = Tile(CONSUMER_ROWS * consumers, keys, 4 * (consumers + 1), 1, tma=True, resident=resident)
     stages = MOST_STAGES
-    while decode_memory(p, tile, stages) > device.smem:
+    while decode_memory(p, tile, stages) > device.smem // resident:
         stages -= 1
     return replace(tile, stages=stages)
 

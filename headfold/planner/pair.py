@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from headfold.planner.device import Device
 from headfold.planner.gpu import GAP, choose_fold
 from headfold.planner.hopper import (
-    CONSUMER_ROWS,
-    MOST_STAGES,
     decode_columns,
     decode_keys,
     decode_memory,
     decode_refusal,
+    decode_tile_of,
     page_rows,
 )
 from headfold.planner.plan import Plan
@@ -61,12 +60,7 @@ def pair_tile(p: Problem, device: Device) -> Tile:
     """
     d, dv = decode_columns(p)
     keys = next((n for n in (128, 64) if n * (d + dv) * p.dtype.itemsize <= BLOCK_BYTES), 0)
-    resident = 2 if keys else 1
-    tile = Tile(CONSUMER_ROWS, keys or decode_keys(p), 8, 1, resident=resident, tma=True)
-    stages = MOST_STAGES
-    while decode_memory(p, tile, stages) > device.smem // resident:
-        stages -= 1
-    return replace(tile, stages=stages)
+    return decode_tile_of(p, device, 1, keys or decode_keys(p), resident=2 if keys else 1)
 
 
 def plan_pair(p: Problem, device: Device, sizes: Sequence[int]) -> PairPlan | None:
