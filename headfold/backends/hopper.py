@@ -34,8 +34,25 @@ _captured: dict[int, int] = {}
 
 def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Launch what the plan says. `out` (x.out_shape) and `lse` (x.lse_shape, float32) are written in full."""
-    lse = x.empty_lse() if lse is None else lse
-    arguments, variant = launch_arguments(plan, x, out, lse, list_tiles(plan, x))
+    launch(plan, x, out, x.empty_lse() if lse is None else lse, list_tiles(plan, x))
+
+
+def launch(
+    plan: Plan,
+    x: Inputs,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    tile_list: torch.Tensor | None,
+    beside: bool = False,
+) -> None:
+    """Launch the kernel; `tile_list` is what `list_tiles` returns.
+
+    With `beside` it starts while the kernel before it runs, as soon as that one allows, and ends after it. What it reads must
+    be there when that one starts.
+    """
+    arguments, variant = launch_arguments(plan, x, out, lse, tile_list)
+    if beside:
+        variant["launch_pdl"] = True
     if compiling():  # where no stream is, and so no counter
         zeros = x.q.new_empty(2, dtype=torch.int32)
         compile_instead(prefill_kernel, (plan.workers,), (*arguments, zeros), variant)
@@ -168,13 +185,12 @@ def _lengths(x: Inputs) -> tuple[torch.Tensor | None, ...]:
 
 
 def _sent(plan: Plan, x: Inputs) -> bool:
-    """Whether results leave through the copy engine.
+    """Whether results leave through the copy engine; of ragged batches those that fill a consumer's rows.
 
-    It leaves out what lies outside a tensor, not the next sequence of a ragged one. Beside masks, and where blocks of 128
-    keys are wider than 128, results lie where the queries do, which cannot wait for it.
+    Beside masks, and where blocks of 128 keys are wider than 128, results lie where the queries do, which cannot wait for it.
     """
     short = sum(plan.d_parts) > 128 and plan.block_n > 64
-    return not short and x.mask is None and all(t is None for t in _lengths(x))
+    return not short and x.mask is None
 
 
 def _box_columns(plan: Plan, piece: int) -> int:

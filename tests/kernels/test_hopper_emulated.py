@@ -354,8 +354,21 @@ def test_results_leave_by_the_copy_engine_where_all_rows_are_the_tensors(
     """`boxes` for 64 rows: what is staged at a time, or a swizzled row's columns. Not into another sequence's rows."""
     x = Inputs(rand(1, 100, 1, d), rand(1, 200, 1, d), rand(1, 200, 1, d))
     assert sum(name == "out" for name, _ in copies_of(monkeypatch, x)) == 2 * boxes
+    x.seqused_k = torch.tensor([150], dtype=torch.int32)
+    assert sum(name == "out" for name, _ in copies_of(monkeypatch, x)) == 2 * boxes
     x.seqused_q = torch.tensor([70], dtype=torch.int32)
-    assert sum(name == "out" for name, _ in copies_of(monkeypatch, x)) == 0
+    assert [corner[2] for name, corner in copies_of(monkeypatch, x) if name == "out"] == [0] * boxes
+
+
+@pytest.mark.parametrize("d", [64, 256])
+def test_rows_of_ragged_batches_leave_by_the_copy_engine_in_whole_tiles(
+    monkeypatch: pytest.MonkeyPatch, d: int
+) -> None:
+    x = Inputs(rand(300, 1, d), rand(300, 1, d), rand(300, 1, d))
+    x.cu_seqlens_q = x.cu_seqlens_k = torch.tensor([0, 10, 138, 138, 300], dtype=torch.int32)
+    x.max_seqlen_q = x.max_seqlen_k = 162
+    rows = {corner[2] for name, corner in copies_of(monkeypatch, x) if name == "out"}
+    assert rows == {10, 74, 138, 202}
 
 
 def test_rows_that_32_bits_do_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from headfold.kernels.hopper.products import (
     scaled,
     wait_values,
 )
-from headfold.kernels.hopper.results import finished, halves, offset, send, store, write_lse
+from headfold.kernels.hopper.results import finished, halves, offset, send, send_all, store, write_lse
 from headfold.kernels.hopper.schedule import pass_turn, receive, wait_turn
 from headfold.kernels.hopper.spans import (
     CHUNKS,
@@ -313,7 +313,7 @@ def consume(
     EARLY: gl.constexpr = Q_STAGES == 1 and not SHARED
     SENT: gl.constexpr = out_desc is not None
     STAGED: gl.constexpr = staging[0].type.shape[4]
-    IN_HALVES: gl.constexpr = SENT and STAGED < first_part(HEAD_DIM_V)
+    IN_HALVES: gl.constexpr = SENT and not VARLEN and STAGED < first_part(HEAD_DIM_V)
     turn = 0
     count = 0
     letter = receive(turn, lengths, mail, posted, taken, VARLEN)
@@ -395,6 +395,14 @@ def consume(
         acc, lse = finished(acc, row_max, row_sum, scales[0] * 0.6931471805599453, sinks, head)
         if not SENT:
             store(acc, lse, staged, out, lse_out, own, sq, COLUMNS)
+        elif VARLEN:
+            # Behind the last row of a sequence comes another one, or what is not to be written.
+            if (own + GROUP_ROWS <= sq) | (lengths[3][0] + lengths[3][2] == 0):
+                send_all(acc, staging, GROUP, out_desc, q_batch, head, q_first + own, HEAD_DIM_V)
+                write_lse(lse, lse_out, own, sq)
+            else:
+                tma_store_wait(0)
+                store(acc, lse, staged, out, lse_out, own, sq, COLUMNS)
         elif IN_HALVES:
             first_half, second_half = halves(acc[0], STAGED)
             send((first_half,), staging, GROUP, out_desc, q_batch, head, own, 0, STAGED)

@@ -9,7 +9,7 @@ from headfold.kernels.hopper.compat import (
     tma_store,
     tma_store_wait,
 )
-from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, store_layout
+from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, first_part, store_layout
 from headfold.kernels.hopper.products import boxes_of, operands, scaled
 from headfold.kernels.parts.address import load_float
 
@@ -113,3 +113,15 @@ def send(acc, buffers, index, desc, batch, head, row, column, COLUMNS: gl.conste
         tma_store(desc, [batch, head, row, column + c * WIDTH], slots.index(index * PARTS + c))
     if len(acc) > 1:
         tma_store(desc, [batch, head, row, column + FIRST], buffers[1].index(index))
+
+
+@gluon.jit
+def send_all(acc, buffers, index, desc, batch, head, row, COLUMNS: gl.constexpr):
+    """`send` all COLUMNS of 64 finished rows, in two halves where the buffers hold one."""
+    WIDTH: gl.constexpr = buffers[0].type.shape[4]
+    if WIDTH < first_part(COLUMNS):
+        first_half, second_half = halves(acc[0], WIDTH)
+        send((first_half,), buffers, index, desc, batch, head, row, 0, WIDTH)
+        send((second_half,), buffers, index, desc, batch, head, row, WIDTH, WIDTH)
+    else:
+        send(acc, buffers, index, desc, batch, head, row, 0, COLUMNS)
