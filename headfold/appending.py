@@ -1,8 +1,9 @@
 """Appending attention: a decoding step whose new keys and values the decode kernel itself writes into the cache.
 
-An append before the attention is a launch of its own, 7 us of host time. Where every program reads its share of a sequence
-alone, it can write the new tokens of its share first; the GPU takes as long for it (32:8 b16 s8192: 1.3 us more than the
-attention alone, with rotation 1.5; in two launches 1.9 and 1.2). The operators headfold::append_attention and
+An append before the attention is a launch of its own, 7 us of host time. Where every program of the Triton kernel reads its
+share of a sequence alone, it can write the new tokens of its share first; the GPU takes as long for it (32:8 b16 s8192: 1.3
+us more than the attention alone, with rotation 1.5; in two launches 1.9 and 1.2). Where the Gluon kernel attends, 2 to 4 us
+faster in pages, there are two launches. The operators headfold::append_attention and
 append_attention_out, which `flash_attn_with_kvcache` calls where `writes_inside` holds, and two operators in turn elsewhere.
 """
 

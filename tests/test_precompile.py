@@ -122,15 +122,16 @@ def test_shared_prefixes_are_compiled_where_they_have_programs_of_their_own(
 
 
 def test_steps_of_a_hopper_gpu_append_in_the_attentions_launch() -> None:
-    """Dense and paged, rotated and not; other GPUs have a launch for each."""
+    """Dense and paged, rotated and not, where the Triton kernel attends; others have a launch for each."""
     from headfold import appending
 
-    model = Model(8, 2, 64, 64, torch.bfloat16, rotary_dim=64)
-    for device, inside in (("h200", True), ("a100", False)):
+    for device, sinks in (("h200", True), ("h200", False), ("a100", True)):
+        model = Model(8, 2, 64, 64, torch.bfloat16, rotary_dim=64, sinks=sinks)
         with backends.force(DEVICES[device]):
-            plans = [appending.plan_of(x) for x in precompile.steps_of(model)]
-        assert len(plans) == 4 * len(precompile.BATCHES)
-        assert all((plan is not None) == inside for plan in plans)
+            inside = [(x.batch, appending.plan_of(x) is not None) for x in precompile.steps_of(model)]
+        assert len(inside) == 4 * len(precompile.BATCHES)
+        for batch, one in inside:
+            assert one == (device == "h200" and (sinks or batch == 1))
 
 
 COMPILE = """

@@ -61,6 +61,8 @@ def _prepare(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Run
     if plan.short is not None:
         from headfold.backends import mixed
 
+        if plan.beside:
+            return mixed.prepare_beside(plan, x, out, lse)
         rows = x.q.new_empty((x.batch,), dtype=torch.int32)
         short = _prepare(plan.short, mixed.short_part(x, plan.short_queries, rows), out, lse)
         long = _prepare(replace(plan, short=None), replace(x, seqused_q=rows), out, lse)

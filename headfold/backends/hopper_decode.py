@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from headfold.backends.hopper import SWIZZLED, boxes, by_head
-from headfold.kernels.hopper.compat import TensorDescriptor
-from headfold.kernels.hopper.decode import REGISTERS, hopper_decode_kernel
+from headfold.backends.descriptors import Descriptors
+from headfold.backends.hopper import SWIZZLED, boxes, by_head, groups, whole
+from headfold.kernels.hopper.decode import COPYING_REGISTERS, REGISTERS, hopper_decode_kernel
 from headfold.planner.hopper import CONSUMER_ROWS
 from headfold.planner.plan import Plan
 from headfold.problem import Inputs
@@ -30,34 +28,36 @@ def program(
         "TILE_DV": plan.dv_parts[0],
         "STAGES": plan.num_stages,
         "PAGE_ROWS": plan.page_rows,
-        "FETCH_REGISTERS": of_producer,
+        "FETCH_REGISTERS": max(of_producer, COPYING_REGISTERS) if plan.page_rows == 1 else of_producer,
     }
     # num_warps are those of the first partition.
     options = {"num_warps": 4, "maxnreg": at_start, "enable_fp_fusion": True}
     rows = plan.page_rows or plan.block_n
-    widths = [SWIZZLED // x.k.element_size()] * 2 if plan.page_rows else [plan.d_parts[0], plan.dv_parts[0]]
-    like_k, like_v = (
-        vars(boxes(by_head(t), rows, width)) | {"base": None}
-        for t, width in zip((x.k, x.v), widths, strict=True)
-    )
-    count = plan.block_n // rows
+    piece = SWIZZLED // x.k.element_size()
+    k, v = by_head(x.k), by_head(x.v)
+    grouped = plan.page_rows > 1 and whole(k, piece) and whole(v, piece)
+    variant["GROUPED"] = grouped
+    if plan.page_rows == 1:  # copied row by row, which takes no boxes
+        return kernel, _no_boxes, variant, options
+    if grouped:
+        described = groups(k, rows, piece), groups(v, rows, piece)
+    else:
+        widths = (piece, piece) if plan.page_rows else (plan.d_parts[0], plan.dv_parts[0])
+        described = boxes(k, rows, widths[0]), boxes(v, rows, widths[1])
+    at_k, at_v = (Descriptors(one) for one in described)
+    numbers = (plan.block_n // rows, *(t.stride(0) // (8 * t.stride(2)) if grouped else 0 for t in (k, v)))
 
     def first(x: Inputs) -> tuple[Any, ...]:
-        return _at(like_k, x.k), _at(like_v, x.v), count
+        return at_k(x.k), at_v(x.v), *numbers
 
     return kernel, first, variant, options
+
+
+def _no_boxes(x: Inputs) -> tuple[Any, ...]:
+    """The arguments before those of the Triton kernel where no box is fetched."""
+    return None, None, 0, 0, 0
 
 
 def no_arguments(x: Inputs) -> tuple[int, ...]:
     """This kernel has no arguments for features, nor for new tokens."""
     return ()
-
-
-def _at(like: dict[str, Any], base: torch.Tensor) -> TensorDescriptor:
-    """A descriptor like the checked one of an earlier call that looked the same, of a tensor elsewhere.
-
-    Its constructor takes 25 times as long, to check what that call's was checked for.
-    """
-    descriptor = object.__new__(TensorDescriptor)
-    vars(descriptor).update(like, base=base)
-    return descriptor

@@ -14,6 +14,8 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
+from headfold.backends.descriptors import quicken
+
 # torch.cuda.current_device() first asks whether CUDA was initialised, 0.3 us; here tensors lie on a device already.
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
@@ -101,6 +103,7 @@ class Launcher:
             compiled = _compiled.get(key)
             if compiled is None:
                 compiled = self._kernel[self._grid](*arguments, **self._constants, **self._options)
+                quicken(compiled)
                 self._compiled = _compiled[key] = compiled
                 return
             self._compiled = compiled

@@ -47,7 +47,16 @@ def prepare(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     It takes such a call's inputs, `out` (x.out_shape) and `lse` (x.lse_shape, float32), and writes both in full. All
     that does not lie at an address of its own is turned into launch arguments here, once.
     """
-    return (_decode if plan.kernel == "decode" else _prefill)(plan, x, out, lse)
+    if plan.kernel == "prefill":
+        return _prefill(plan, x, out, lse)
+    start, finish = prepare_decode(plan, x, out, lse)
+    if finish is None:
+        return start
+
+    def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        finish(start(x, out, lse))
+
+    return run
 
 
 def out_strides(x: Inputs, t: torch.Tensor) -> tuple[int, int, int]:
@@ -179,7 +188,13 @@ def _steps(t: torch.Tensor) -> tuple[int, ...]:
     return tuple(s if n > 1 else 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True))
 
 
-def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runner:
+def prepare_decode(
+    plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[Callable[[Inputs, torch.Tensor, torch.Tensor | None], Any], Callable[[Any], None] | None]:
+    """(what runs a decode, and what merges its states, None where there are none), for calls that look like (x, out, lse).
+
+    The second takes what the first returns.
+    """
     items = plan.tiles // max(1, plan.tiles_per_sequence)  # sequences, or packed tiles
     lanes = plan.lanes
     width, rows, count = 0, 0, 0
@@ -241,7 +256,7 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
             tensors = _tensors(x, out, lse.data_ptr(), x.early_lengths)
             launch((*boxes(x), *tensors, *before, 0, 0, *after, *feature_arguments(x), *new_tokens(x)))
 
-        return run_whole
+        return run_whole, None
 
     merge = _merge(plan, x, variant, items * lanes, rows)
     merge_before = (*capacities, *growth, *schedule, *cuts, *extents)
@@ -249,7 +264,7 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
 
     size = count * (width + 1)
 
-    def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    def start(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> tuple[torch.Tensor, tuple[int, ...]]:
         memory = workspace(x.q, size if lse is not None else size + unwanted)
         states = memory.data_ptr()
         state_lses = states + 4 * count * width
@@ -258,9 +273,12 @@ def _decode(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
         features = (*feature_arguments(x), *new_tokens(x))
         launch((*boxes(x), *tensors, *before, states, state_lses, *after, *features))
         leftpad = address(x.cache_leftpad)
-        merge((*tensors[3:9], leftpad, *merge_before, states, state_lses, *merge_after))
+        return memory, (*tensors[3:9], leftpad, *merge_before, states, state_lses, *merge_after)
 
-    return run
+    def finish(started: tuple[torch.Tensor, tuple[int, ...]]) -> None:
+        merge(started[1])
+
+    return start, finish
 
 
 def _no_boxes(x: Inputs) -> tuple[Any, ...]:

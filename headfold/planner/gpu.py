@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from headfold.planner import hopper
 from headfold.planner.device import Device
-from headfold.planner.mixed import short_queries
+from headfold.planner.mixed import beside_sms, short_queries
 from headfold.planner.plan import Plan
 from headfold.planner.tiles import Form, Tile, decode_tile, padded, prefill_tile, shared_memory, split_dim
 from headfold.planner.work import key_span
@@ -37,8 +37,8 @@ LONGEST_EXTENT = 2048
 UNEVEN = 0.05
 
 
-def plan_gpu(p: Problem, device: Device) -> Plan:
-    """Decide how `p` runs through the Triton kernels on `device`."""
+def plan_gpu(p: Problem, device: Device, given: Tile | None = None) -> Plan:
+    """Decide how `p` runs through the kernels on `device`; `given` is the Gluon decode kernel's tile where that is settled."""
     fold, fold_reason = choose_fold(p)
     usable = max(1, device.sms - p.sm_margin)
     units = p.num_heads // fold
@@ -51,7 +51,9 @@ def plan_gpu(p: Problem, device: Device) -> Plan:
     # A sequence whose splits are fixed must not get another tile for what else is in its batch.
     tile_rows = fold if p.tokens_per_split else rows
     form, why = decode_form(p, device, fold, tile_rows)
-    gluon = hopper.decode_tile(p, device, tile_rows)
+    gluon = given or hopper.decode_tile(
+        p, device, tile_rows, streamed=not why and form in ("stream", "pages")
+    )
     tile = gluon if isinstance(gluon, Tile) else tile_of(p, device, form, tile_rows)
     if gluon and not isinstance(gluon, Tile):
         reasons.append(gluon)
@@ -93,12 +95,21 @@ def with_short_sequences(whole: Plan, p: Problem, device: Device, fold: int) -> 
     queries = short_queries(p, fold)
     if not queries:
         return whole
-    short = plan_gpu(
-        replace(p, max_seqlen_q=queries, total_q=min(p.total_q, p.batch * queries), lengths_on_device=True),
-        device,
-    )
+    part = replace(p, max_seqlen_q=queries, total_q=min(p.total_q, p.batch * queries), lengths_on_device=True)
     mixed = "the average sequence is far shorter than the longest: short ones run apart, as a decode"
-    return replace(whole, short=short, short_queries=queries, reasons=(*whole.reasons, mixed))
+    tile = hopper.beside_tile(part, device) if whole.backend == "hopper" else None
+    sms = beside_sms(device)
+    if tile is None or sms + p.sm_margin >= device.sms:
+        return replace(
+            whole, short=plan_gpu(part, device), short_queries=queries, reasons=(*whole.reasons, mixed)
+        )
+    short = plan_gpu(replace(part, sm_margin=device.sms - sms), device, tile)
+    reasons = (
+        *whole.reasons,
+        mixed,
+        f"it has {sms} multiprocessors while the prefill has the others, then all",
+    )
+    return replace(whole, short=short, short_queries=queries, beside=True, reasons=reasons)
 
 
 def prefill_plan(p: Problem, device: Device, fold: int, reasons: list[str]) -> Plan | None:

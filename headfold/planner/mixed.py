@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from headfold.planner.device import Device
 from headfold.problem import Problem
 
 # Folded rows up to which a sequence of a mixed batch counts as a decode: what the decode kernel's lowest tile holds.
@@ -11,6 +12,16 @@ SHORT_ROWS = 16
 SKEW = 4
 # Bytes of K and V from which on the two launches more, about 8 us, are small beside what they save.
 WORTH_BYTES = 64 << 20
+# The share of the multiprocessors that decodes have beside a prefill: about as many as saturate memory. On an H200 8 chunks of
+# 512 and 120 decodes, all on 8192 keys of 32:8 d128, take 1700 us one after the other; side by side with 0.35, 0.42, 0.48,
+# 0.55, 0.62, 0.7 of the multiprocessors 2307, 1971, 1749, 1541, 1533, 1547. Each of both parts draws all the power that the
+# card may take: that they do not take 960 is its limit.
+BESIDE = 0.62
+
+
+def beside_sms(device: Device) -> int:
+    """Multiprocessors that the decodes of a mixed batch have while its prefill runs on the others."""
+    return max(1, round(BESIDE * device.sms))
 
 
 def short_queries(p: Problem, fold: int) -> int:

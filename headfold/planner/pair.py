@@ -9,18 +9,14 @@ from headfold.planner.device import Device
 from headfold.planner.gpu import GAP, choose_fold
 from headfold.planner.hopper import (
     decode_columns,
-    decode_keys,
     decode_memory,
     decode_refusal,
-    decode_tile_of,
     page_rows,
+    twin_tile,
 )
 from headfold.planner.plan import Plan
-from headfold.planner.tiles import Tile
 from headfold.problem import Problem
 
-# Bytes of a block of K and V of which two programs of a multiprocessor have three buffers each.
-BLOCK_BYTES = 32 << 10
 # How programs are shared out between prefixes and what follows them: the softmax of a score counts as so many operations of the
 # products, and what follows is read at so many times the even share of the bandwidth. On an H200, us, with 0.7, 1, 1.4, 2, 2.8
 # times: 64 sequences over 8192 shared keys with 512 of their own 85.4, 66.6, 58.0, 57.8, 62.3, with 1 to 1024 84.4, 84.8, 65.1,
@@ -53,16 +49,6 @@ class PairPlan:
     programs: int
 
 
-def pair_tile(p: Problem, device: Device) -> Tile:
-    """One consumer's tile in blocks small enough for two programs a multiprocessor, where heads are not too wide for that.
-
-    What waits in one program, for its queries or for the ends of a tile, the other one fills.
-    """
-    d, dv = decode_columns(p)
-    keys = next((n for n in (128, 64) if n * (d + dv) * p.dtype.itemsize <= BLOCK_BYTES), 0)
-    return decode_tile_of(p, device, 1, keys or decode_keys(p), resident=2 if keys else 1)
-
-
 def plan_pair(p: Problem, device: Device, sizes: Sequence[int]) -> PairPlan | None:
     """The plan of a call whose groups of `sizes` sequences share prefixes, None where the parts run one after the other.
 
@@ -79,7 +65,7 @@ def plan_pair(p: Problem, device: Device, sizes: Sequence[int]) -> PairPlan | No
     if fold != p.group:
         return None
     units = p.num_heads // fold
-    tile = pair_tile(p, device)
+    tile = twin_tile(p, device, copies=False)
     programs = max(1, device.sms - p.sm_margin) * tile.resident
     rows = (p.max_seqlen_q * fold, max(sizes) * p.max_seqlen_q * fold)
     tiles = [-(-n // tile.rows) for n in rows]

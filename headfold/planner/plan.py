@@ -33,7 +33,7 @@ class Plan:
     copied by itself; 0: no pages). It has `num_stages` buffers of K and `value_stages` of V. `left_edge` asks for its program
     whose rows need not see a sequence's first keys, `softcap` for the one that caps scores.
     `short` is set for a mixed batch: the plan of its sequences of up to `short_queries` queries, which runs first, and
-    this plan leaves those sequences out.
+    this plan leaves those sequences out. With `beside` both run at the same time.
     How the CPU backend reads a Plan is said in `backends/cpu.py`.
     """
 
@@ -81,6 +81,7 @@ class Plan:
     reasons: tuple[str, ...] = ()
     short_queries: int = 0
     short: Plan | None = None
+    beside: bool = False
 
     @property
     def programs(self) -> int:
@@ -120,8 +121,9 @@ class Plan:
         lines += [f"  {reason}" for reason in self.reasons]
         lines += [f"  {line}" for line in self._work_lines(problem, device)]
         if self.short is not None:
+            when = "beside it" if self.beside else "before"
             lines.append(
-                f"Sequences of up to {self.short_queries} queries run before, as the {self.short.backend} "
+                f"Sequences of up to {self.short_queries} queries run {when}, as the {self.short.backend} "
                 f"{self.short.kernel} kernel."
             )
             lines += [f"  {reason}" for reason in self.short.reasons]

@@ -29,7 +29,7 @@ from headfold.planner.tuned_file import machine_of, path_of, read, save
 from tests.conftest import HAS_GPU, INTERPRETED
 from tests.planner.tables import MACHINE, row
 
-H200 = DEVICES["h200"]
+A100 = DEVICES["a100"]
 CPU = torch.device("cpu")
 Speed = Callable[[Case, tuple[Entry, ...]], "float | Exception"]
 """Microseconds of a case in a tile, () for the built-in one, or how it fails."""
@@ -49,7 +49,7 @@ class Fake:
         def call(copy: int) -> torch.Tensor:
             device = backends.forced()
             assert device is not None, "planned for no device"
-            assert replace(device, tiles=()) == H200
+            assert replace(device, tiles=()) == A100
             self.called.append((case.name, device.tiles))
             took = self.speed(case, device.tiles)
             if isinstance(took, Exception):
@@ -83,8 +83,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[Speed], Fake]:
 
 
 def goal(name: str) -> Goal:
-    """A goal of an H200 by its name."""
-    return next(g for g in goals(H200) if g.name == name)
+    """A goal of an A100 by its name."""
+    return next(g for g in goals(A100) if g.name == name)
 
 
 WAVE, CACHE = goal("wave, 16 rows, d128"), goal("stream+pages, 16 rows, d128")
@@ -103,7 +103,7 @@ def is_tile(tiles: tuple[Entry, ...], keys: int, warps: int, stages: int = 3, re
 
 def tuned(f: Fake, of: Goal) -> list[Row]:
     """The rows of a goal."""
-    return Tuner(H200, CPU, f.measure).tune(of)
+    return Tuner(A100, CPU, f.measure).tune(of)
 
 
 # ---- one goal
@@ -114,9 +114,9 @@ def test_the_fastest_candidate_wins(fake: Callable[[Speed], Fake]) -> None:
     (found,) = tuned(f, WAVE)
     assert found.entry == Entry("wave", 16, 256, 64, 8, 3, 1)
     assert (found.us, found.builtin_us) == (pytest.approx(80), pytest.approx(100))
-    assert (found.candidates, found.left_out) == (len(candidates(WAVE, H200)), 0)
+    assert (found.candidates, found.left_out) == (len(candidates(WAVE, A100)), 0)
     # Each was run in its own tile, and the built-in one among them.
-    assert {tiles for _, tiles in f.called} == {(), *candidates(WAVE, H200)}
+    assert {tiles for _, tiles in f.called} == {(), *candidates(WAVE, A100)}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_rows_and_pages_keep_the_built_in_tile_together(fake: Callable[[Speed], 
 
 def test_several_cases_of_a_form_count_by_their_geometric_mean(fake: Callable[[Speed], Fake]) -> None:
     (found,) = tuned(
-        fake(lambda case, t: (20.0 if case.batch == 32 else 125.0) if is_tile(t, 64, 8) else 100.0), WAVES
+        fake(lambda case, t: (20.0 if case.batch == 26 else 125.0) if is_tile(t, 64, 8) else 100.0), WAVES
     )
     assert found.entry is not None
     assert found.us == pytest.approx(50)
@@ -220,7 +220,7 @@ def test_a_time_with_the_hosts_part_in_it_is_none(fake: Callable[[Speed], Fake])
         notes = [None if i != 1 else "no CUDA graph" for i in range(len(calls))]
         return {n: Timing(1.0 if note else 9.0, 1, 1, 1, note) for n, note in zip(calls, notes, strict=True)}
 
-    (found,) = Tuner(H200, CPU, noted).tune(WAVE)
+    (found,) = Tuner(A100, CPU, noted).tune(WAVE)
     assert (found.entry, found.left_out) == (None, 1)
     assert f.called
 
@@ -273,7 +273,7 @@ def test_wrong_results_are_found_by_the_benchmarks_own_check(monkeypatch: pytest
 
     monkeypatch.setattr(tune, "HEADFOLD", replace(HEADFOLD, prepare=prepare))
     monkeypatch.setattr("headfold.bench.inputs.CPU_COPIES_BYTES", 1 << 17)
-    (found,) = Tuner(H200, CPU, times).tune(Goal(16, 64, (("few", case),)))
+    (found,) = Tuner(A100, CPU, times).tune(Goal(16, 64, (("few", case),)))
     assert found.entry == right
     assert found.left_out == found.candidates - 1
 
@@ -294,7 +294,7 @@ class Machine:
         table = begin(self.path, MACHINE, chosen, again)
         left = tuple(g for g in chosen if not table.has(g.keys))
         self.names.clear()
-        work = Work(H200, CPU, left, table, self.path)
+        work = Work(A100, CPU, left, table, self.path)
         return run(work, advance=self.names.append, measure=self.fake.measure)
 
 
@@ -315,7 +315,7 @@ def test_a_run_fills_the_table_and_its_file(machine: Machine) -> None:
     assert {(e.form, e.keys, e.warps) for e in table.entries} == {
         (f, 64, 8) for f in ("wave", "waves", "stream", "pages")
     }
-    replace(H200, tiles=table.entries)  # a device takes them
+    replace(A100, tiles=table.entries)  # a device takes them
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(machine: Machine) -> None:
@@ -433,29 +433,29 @@ def test_a_file_that_is_no_table_is_not_written_over_unasked(tmp_path: Path) -> 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An H200 that is not there, and a cache directory of its own."""
+    """An A100 that is not there, and a cache directory of its own."""
     monkeypatch.setenv("HEADFOLD_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("HEADFOLD_TUNED", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H200.name)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: H200.arch)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: A100.name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: A100.arch)
     old = (Entry("wave", 16, 256, 64, 8, 3, 1),)
-    monkeypatch.setattr(tune, "running_device", lambda where: replace(H200, tiles=old))
+    monkeypatch.setattr(tune, "running_device", lambda where: replace(A100, tiles=old))
     return tmp_path
 
 
 def test_work_here_is_for_the_gpu_at_hand_without_its_old_table(gpu: Path) -> None:
     work = work_here()
-    assert work.device == H200
+    assert work.device == A100
     assert work.where == torch.device("cuda", 0)
-    assert list(work.goals) == goals(H200)
-    here = machine_of(H200.name, H200.arch)
+    assert list(work.goals) == goals(A100)
+    here = machine_of(A100.name, A100.arch)
     assert work.path == path_of(here)
     assert work.table == Table(here)
     save(Table(here, (row(),)), work.path)
-    assert len(work_here().goals) == len(goals(H200)) - 1
-    assert len(work_here(again=True).goals) == len(goals(H200))
+    assert len(work_here().goals) == len(goals(A100)) - 1
+    assert len(work_here(again=True).goals) == len(goals(A100))
     assert work_here(only=["few"], output=gpu / "x").path == gpu / "x"
     assert {g.forms for g in work_here(only=["few"]).goals} == {("few",)}
 
@@ -469,7 +469,7 @@ def test_work_here_without_a_home_asks_for_a_file(gpu: Path, monkeypatch: pytest
 
 def test_the_table_to_show_is_the_one_in_force_or_a_files(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert table_to_show() is None
-    here = machine_of(H200.name, H200.arch)
+    here = machine_of(A100.name, A100.arch)
     table = Table(here, (row(),))
     path = path_of(here)
     assert path is not None

@@ -23,7 +23,10 @@ def test_every_tile_of_the_built_in_table_is_a_goal(device: Device) -> None:
     keys = [key for g in goals(device) for key in g.keys]
     assert len(keys) == len(set(keys))
     widest = 0 if device.arch == (9, 0) else 128
-    assert set(keys) == {(f, n, 2 * d) for f, n in MEASURED for d in DIMS if d <= widest or n == 16}
+    other = ALIKE if device.arch == (9, 0) else ()
+    assert set(keys) == {
+        (f, n, 2 * d) for f, n in MEASURED for d in DIMS if f not in other and (d <= widest or n == 16)
+    }
 
 
 @devices
@@ -50,7 +53,6 @@ def test_cases_of_an_h200_at_d128_are_those_of_the_built_in_table() -> None:
         ("wave", 16): [(32, 8, 16, 1, 8192)],
         ("waves", 16): [(32, 8, 32, 1, 4096), (32, 8, 128, 1, 2048)],
         ("few", 16): [(32, 8, 1, 1, 1024)],
-        ("stream", 16): [(32, 8, 64, 1, 32529)] * 2,
     }
 
 
@@ -99,8 +101,8 @@ def test_an_h200_has_enough_to_try_of_everything() -> None:
 
 
 def test_pages_get_two_stages_more_than_rows() -> None:
-    for goal in goals(H200, ["pages"]):
-        for rows, pages in candidates(goal, H200):
+    for goal in goals(DEVICES["a100"], ["pages"]):
+        for rows, pages in candidates(goal, DEVICES["a100"]):
             assert (rows.form, pages.form) == ALIKE
             assert pages.stages == rows.stages + 2
 
@@ -116,7 +118,7 @@ def test_pages_get_two_stages_more_than_rows() -> None:
 )
 def test_only_some_forms(only: list[str], names: set[str]) -> None:
     """Rows and pages come together, whichever is named."""
-    assert {"+".join(g.forms) for g in goals(H200, only)} == names
+    assert {"+".join(g.forms) for g in goals(DEVICES["a100"], only)} == names
 
 
 @pytest.mark.parametrize("sms", [1, 8, 300])
@@ -140,8 +142,8 @@ def test_little_shared_memory_leaves_fewer_candidates_and_no_failure() -> None:
 
 def test_names_say_what_is_measured() -> None:
     names = [g.name for g in goals(H200)]
-    assert "stream+pages, 16 rows, d128" in names
-    assert "stream+pages, 64 rows, d128" in [g.name for g in goals(DEVICES["a100"])]
+    assert not any(name.startswith("stream") for name in names)  # they run the Gluon kernel
+    assert {f"stream+pages, {n} rows, d128" for n in (16, 64)} <= {g.name for g in goals(DEVICES["a100"])}
     assert len(set(names)) == len(names)
     cases = [c.name for g in goals(H200) for _, c in g.cases]
     assert len(set(cases)) == len(cases)

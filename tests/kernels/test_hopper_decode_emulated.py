@@ -85,7 +85,7 @@ def test_drawn_calls(seed: int) -> None:
         dtype=r.choice((torch.bfloat16, torch.float16)),
         q_layout=q_layout,
         kv_layout=kv_layout,
-        page_size=r.choice((8, 16, 24, 64, 256)),
+        page_size=r.choice((1, 8, 16, 24, 64, 256)),
         window=window,
         bottom_right=r.random() < 0.7,
         scale=r.choice((None, 0.0, 0.3)),
@@ -96,7 +96,7 @@ def test_drawn_calls(seed: int) -> None:
     checked(x, sms=r.choice((2, 4, 16)))
 
 
-@pytest.mark.parametrize("page_size", [8, 48, 128])
+@pytest.mark.parametrize("page_size", [1, 4, 8, 48, 128])
 @pytest.mark.parametrize("window", [(-1, 0), (37, 0), (45, 5)])
 def test_pages_give_the_bits_of_rows(page_size: int, window: tuple[int, int]) -> None:
     lengths = [130, 0, 333]
@@ -105,6 +105,22 @@ def test_pages_give_the_bits_of_rows(page_size: int, window: tuple[int, int]) ->
     want = checked(rows)
     for shuffled in (False, True):
         assert same(attend(in_pages(rows, lengths, page_size, shuffled=shuffled), 7), want)
+
+
+@pytest.mark.parametrize("layout", ["apart", "halves", "heads first"])
+@pytest.mark.parametrize(
+    ("page_size", "d"), [(1, 128), (2, 64), (3, 256), (4, 96), (8, 128), (16, 64), (48, 128), (64, 256)]
+)
+def test_few_rows_in_pages_and_in_rows(page_size: int, d: int, layout: str) -> None:
+    """One query of a group of 4: keys of pages too small for boxes are copied, larger boxes bring whole rows."""
+    lengths = [130, 0, 333, 64]
+    rows = call([1] * 4, lengths, d=d, causal=True)
+    want = checked(rows)
+    assert plan_of(rows).resident == (1 if d == 256 else 2)
+    pages = in_pages(rows, lengths, page_size, layout=layout)
+    box = page_size & -page_size
+    assert plan_of(pages).page_rows == (box if box * d * 2 > 4096 else 1)
+    assert same(checked(pages, schedules=3), want)
 
 
 @pytest.mark.parametrize("kv_layout", ["dense", "paged"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from headfold.extras import FAR_CACHE
 from headfold.kernels.hopper import spans
 from headfold.kernels.hopper.layouts import GROUP_ROWS
 from headfold.planner import DEVICES, hopper, make_plan
@@ -46,7 +47,10 @@ def test_the_interpreter_keeps_the_triton_kernel() -> None:
     [
         ({"dtype": torch.float32}, "float16 and bfloat16"),
         ({"head_dim": 80, "head_dim_v": 80}, "80/80"),
-        ({"kv_layout": "paged", "page_size": 20}, "boxes of 8 keys or more would not lie in pages of 20"),
+        (
+            {"kv_layout": "paged", "page_size": 20, "extras": (FAR_CACHE,)},
+            "copies no rows from more than 32 GiB",
+        ),
         ({"tensor_mask": True, "featured": True}, "whose decode has no masks"),
         ({"aligned": False}, "16-byte"),
         ({"extras": ("a sink", "cache_leftpad")}, "no a sink and no cache_leftpad"),
@@ -56,6 +60,42 @@ def test_what_it_cannot_do_goes_to_triton_and_the_plan_says_why(other: dict[str,
     plan = make_plan(decode(**other), H200)
     assert (plan.backend, plan.kernel) == ("triton", "decode")
     assert words in " ".join(plan.reasons)
+
+
+def test_two_consumers_copy_no_rows() -> None:
+    p = problem(
+        32, 8, 1, 64, 8192, 128, device_type="cuda", q_layout="ragged", kv_layout="paged", page_size=20,
+        lengths_on_device=True,
+    )  # fmt: skip
+    plan = make_plan(p, H200)
+    assert plan.backend == "triton"
+    assert "boxes of 8 keys or more would not lie in pages of 20" in " ".join(plan.reasons)
+
+
+@pytest.mark.parametrize(
+    ("d", "page_size", "box"),
+    [
+        (128, 0, 0),
+        (128, 1, 1),
+        (128, 12, 1),
+        (128, 16, 1),
+        (128, 32, 32),
+        (128, 256, 64),
+        (64, 32, 1),
+        (64, 64, 64),
+    ],
+)
+def test_few_rows_of_a_cache_run_two_programs_a_multiprocessor(d: int, page_size: int, box: int) -> None:
+    """In blocks of 32 KB of K and V, and rows as pages: the same bits. Small boxes are copied row by row."""
+    pages: dict[str, Any] = {"kv_layout": "paged", "page_size": page_size} if page_size else {}
+    p = decode(1, head_dim=d, head_dim_v=d, lengths_on_device=True, **pages)
+    plan = make_plan(p, H200)
+    assert (plan.backend, plan.kernel, plan.block_m, plan.resident) == ("hopper", "decode", 64, 2)
+    assert (plan.block_n, plan.num_stages, plan.ranges) == (128 * 64 // d, 3, 33)
+    assert plan.page_rows == box
+    assert plan.shared_memory <= H200.smem // 2
+    assert make_plan(replace(p, featured=True, extras=("a sink",)), H200).backend == "triton"
+    assert make_plan(replace(p, num_splits=2), H200).backend == "triton"
 
 
 def test_fixed_splits_keep_their_kernel() -> None:

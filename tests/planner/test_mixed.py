@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from headfold.planner import DEVICES, Plan, make_plan
-from headfold.planner.mixed import SKEW
+from headfold.planner.mixed import SKEW, beside_sms
 from tests.planner.problems import problem
 
 H200 = DEVICES["h200"]
@@ -32,11 +32,25 @@ def test_decodes_beside_chunks_run_as_a_decode() -> None:
     mixed = plan()
     assert mixed.kernel == "prefill"
     assert mixed.short is not None
-    assert (mixed.short.kernel, mixed.short.block_m, mixed.short.stream) == ("decode", 16, True)
+    assert (mixed.short.backend, mixed.short.kernel, mixed.short.block_m) == ("hopper", "decode", 64)
     assert mixed.short_queries == 4
     assert mixed.short.short is None
     text = mixed.explain(problem(**SERVED), H200)
-    assert "Sequences of up to 4 queries run before, as the triton decode kernel" in text
+    assert "Sequences of up to 4 queries run beside it, as the hopper decode kernel" in text
+
+
+def test_both_run_at_the_same_time_where_the_gluon_kernels_take_them() -> None:
+    """A program a multiprocessor on a part of them: its shared memory leaves no room for the prefill's."""
+    both = plan()
+    assert both.beside
+    assert both.short is not None
+    assert (both.workers, both.short.resident) == (H200.sms, 1)
+    assert both.short.ranges * both.short.lanes <= beside_sms(H200) < H200.sms
+    assert both.short.shared_memory + both.shared_memory > H200.smem
+    for change in ({"featured": True, "extras": ("a sink",)}, {"sm_margin": 60}):
+        one_by_one = plan(**change)
+        assert one_by_one.short is not None
+        assert not one_by_one.beside
 
 
 @pytest.mark.parametrize(("heads", "queries"), [(8, 16), (32, 4), (96, 1), (256, 1)])

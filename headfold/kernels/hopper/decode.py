@@ -17,15 +17,17 @@ from headfold.kernels.parts.division import divide
 # what is left, 232 or 240. 16:4 d64 b16 s16384 takes 70.2 us with 128 at the start, 75.2 with 168 (d128 is as fast), maybe
 # as the merge kernel's programs find registers beside this one. The assembler refuses wide heads below 158.
 REGISTERS = {(1, False): (128, 24), (1, True): (168, 96), (2, False): (168, 40)}
+COPYING_REGISTERS = 56  # of the warps that copy rows
 
 ADDRESSES = "Q K V Out Lse cu_seqlens_q cu_seqlens_k seqused_q seqused_k page_table states state_lses".split()
 NUMBERS = (
-    "boxes sq_capacity sk_capacity grown room late batch tiles_per_sequence units units_magic units_shift lanes "
-    "lanes_magic lanes_shift splits splits_magic splits_shift ranges even_ranges gap ahead extent extent_blocks "
-    "state_width state_rows fold fold_magic fold_shift group_magic group_shift q_stride_b q_stride_s q_stride_h "
-    "k_stride_b k_stride_s k_stride_h v_stride_b v_stride_s v_stride_h out_stride_b out_stride_s out_stride_h "
-    "lse_stride_b lse_stride_s lse_stride_h table_stride page_size page_magic page_shift window_left window_right "
-    "bottom_right sign scale_log2 softcap_scale chunk"
+    "boxes k_groups v_groups sq_capacity sk_capacity grown room late batch tiles_per_sequence units "
+    "units_magic units_shift lanes lanes_magic lanes_shift splits splits_magic splits_shift ranges "
+    "even_ranges gap ahead extent extent_blocks state_width state_rows fold fold_magic fold_shift group_magic "
+    "group_shift q_stride_b q_stride_s q_stride_h k_stride_b k_stride_s k_stride_h v_stride_b v_stride_s "
+    "v_stride_h out_stride_b out_stride_s out_stride_h lse_stride_b lse_stride_s lse_stride_h table_stride "
+    "page_size page_magic page_shift window_left window_right bottom_right sign scale_log2 softcap_scale "
+    "chunk"
 ).split()
 
 
@@ -34,6 +36,8 @@ def hopper_decode_kernel(
     k_desc,
     v_desc,
     boxes: gl.int32,
+    k_groups: gl.int32,
+    v_groups: gl.int32,
     Q: gl.int64,
     K: gl.int64,
     V: gl.int64,
@@ -110,6 +114,7 @@ def hopper_decode_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
+    GROUPED: gl.constexpr,
     ALIGN: gl.constexpr,
     FETCH_REGISTERS: gl.constexpr,
     EARLY: gl.constexpr,
@@ -117,7 +122,8 @@ def hopper_decode_kernel(
     """Grid: one program for each lane of each range.
 
     k_desc and v_desc are boxes of K and V, `boxes` of them a block; all else comes as the Triton kernel's arguments do,
-    which say what they mean. PAGE_ROWS keys of a block come from one page (0: rows).
+    which say what they mean. PAGE_ROWS keys of a block come from one page (0: rows; 1: copied row by row, without boxes).
+    GROUPED where boxes bring whole rows: a page of K then begins k_groups groups of 8 rows behind the one before it.
 
     EARLY as there: the first warps hold the next kernel back where it reads lengths before it waits, and every partition
     waits before it reads what may come from the kernel before, a program without a share too.
@@ -126,7 +132,9 @@ def hopper_decode_kernel(
         if late != 0:
             tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    buffers, bars = decode_buffers(ELEMENT, BLOCK_M // GROUP_ROWS, TILE_D, TILE_DV, BLOCK_N, STAGES)
+    buffers, bars = decode_buffers(
+        ELEMENT, BLOCK_M // GROUP_ROWS, TILE_D, TILE_DV, BLOCK_N, STAGES, GROUPED, PAGE_ROWS == 1
+    )
     r = divide(gl.program_id(0), (lanes_magic, lanes_shift))
     lane = gl.program_id(0) - r * lanes
     lane_tile = divide(lane, (units_magic, units_shift))
@@ -171,7 +179,15 @@ def hopper_decode_kernel(
     )  # fmt: skip
     ragged = cu_seqlens_k
     pages = (pointer(page_table, gl.int32, 1), table_stride, page_size, boxes)
-    fetches = (k_desc, v_desc, buffers[1], buffers[2], bars, pages, ragged, kv_head)
+    sources = ragged  # not used by boxes
+    if PAGE_ROWS == 1:
+        sources = (
+            pointer(K, ELEMENT, ALIGN), (k_stride_b // 8, k_stride_s // 8, k_stride_h // 8),
+            pointer(V, ELEMENT, ALIGN), (v_stride_b // 8, v_stride_s // 8, v_stride_h // 8),
+        )  # fmt: skip
+    fetches = (
+        k_desc, v_desc, buffers[1], buffers[2], bars, pages, (k_groups, v_groups), ragged, kv_head, sources
+    )  # fmt: skip
     run_warps(
         common, fetches, begins, work, HEAD_DIM, HEAD_DIM_V, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS,
         FETCH_REGISTERS, EARLY, False,

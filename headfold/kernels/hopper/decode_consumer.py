@@ -14,7 +14,7 @@ from headfold.kernels.hopper.compat import (
 )
 from headfold.kernels.hopper.decode_schedule import share
 from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, store_layout, weights_layout
-from headfold.kernels.hopper.products import matrix
+from headfold.kernels.hopper.products import operands
 from headfold.kernels.parts.division import divide
 from headfold.kernels.parts.spans import visible_keys
 
@@ -107,23 +107,30 @@ def attend(
     TILE_DV: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    COPIED: gl.constexpr,
 ):
     """`blocks` blocks of keys from key `first` on: (accumulator, row maximum, row sum, blocks counted so far).
 
     The scores of a block are under way while the values of the one before it are weighed. `seen` are the keys that some
-    row of the tile sees, `full` those that every row of these 64 sees.
+    row of the tile sees, `full` those that every row of these 64 sees. COPIED: keys and values come by ordinary copies, which a
+    fence must part from products.
     """
     k_full, k_free, v_full, v_free = bars
     zeros = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, accumulator(BLOCK_N))
     stage = count % STAGES
     mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-    keys = matrix(k_buffers.index(stage), BLOCK_N, TILE_D)
+    if COPIED:
+        fence_async_shared()
+    keys = operands((k_buffers,), stage, BLOCK_N, TILE_D)[0]
     scores = warpgroup_mma(query, keys.permute([1, 0]), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(k_free.index(stage), count=1)
     # Only a share's first block and its last hold values that nobody sees.
     mbarrier.wait(v_full.index(stage), (count // STAGES) & 1)
-    zero_outside(matrix(v_buffers.index(stage), BLOCK_N, TILE_DV), first, seen[0], seen[1], TILE_DV)
+    if COPIED:
+        fence_async_shared()
+    unweighed = operands((v_buffers,), stage, BLOCK_N, TILE_DV)[0]
+    zero_outside(unweighed, first, seen[0], seen[1], TILE_DV)
     scores = hide(scores, row_low, row_high, first)
     row_max, row_sum = softmax.begin(BLOCK_N)
     p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
@@ -134,10 +141,14 @@ def attend(
         stage = count % STAGES
         older = (count - 1) % STAGES
         mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-        keys = matrix(k_buffers.index(stage), BLOCK_N, TILE_D)
+        if COPIED:
+            fence_async_shared()
+        keys = operands((k_buffers,), stage, BLOCK_N, TILE_D)[0]
         scores = warpgroup_mma(query, keys.permute([1, 0]), zeros, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
-        values = matrix(v_buffers.index(older), BLOCK_N, TILE_DV)
+        if COPIED:
+            fence_async_shared()
+        values = operands((v_buffers,), older, BLOCK_N, TILE_DV)[0]
         acc = warpgroup_mma(weights, values, acc, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_free.index(stage), count=1)
@@ -152,7 +163,9 @@ def attend(
         count += 1
     older = (count - 1) % STAGES
     mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
-    values = matrix(v_buffers.index(older), BLOCK_N, TILE_DV)
+    if COPIED:
+        fence_async_shared()
+    values = operands((v_buffers,), older, BLOCK_N, TILE_DV)[0]
     if blocks > 1:
         zero_outside(values, first + (blocks - 1) * BLOCK_N, seen[0], seen[1], TILE_DV)
     acc = warpgroup_mma(weights, values, acc, is_async=True)
@@ -176,6 +189,7 @@ def consume(
     STAGES: gl.constexpr,
     EARLY: gl.constexpr,
     PAIRED: gl.constexpr,
+    COPIED: gl.constexpr = False,
 ):
     """Rows GROUP * 64 to GROUP * 64 + 63 of the tile, over all of the program's shares.
 
@@ -213,7 +227,7 @@ def consume(
             full_low, _ = visible_keys(divide(last, by_fold), shift, window[0], window[1], 0, sk, False)
             acc, row_max, row_sum, count = attend(
                 query, k_buffers, v_buffers, bars, count, low + begin * BLOCK_N, end - begin, (key_low, key_high),
-                (full_low, full_high), row_low, row_high, scale_log2, TILE_D, TILE_DV, BLOCK_N, STAGES,
+                (full_low, full_high), row_low, row_high, scale_log2, TILE_D, TILE_DV, BLOCK_N, STAGES, COPIED,
             )  # fmt: skip
             inverse, lse = softmax.finish(row_max, row_sum, scale_log2 * 0.6931471805599453)
             acc = acc * gl.convert_layout(inverse, out_rows)[:, None]

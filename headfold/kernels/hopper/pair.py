@@ -18,7 +18,7 @@ from headfold.kernels.parts.schedule import ends_of
 from headfold.kernels.parts.spans import OPEN
 
 COMMON = (
-    "boxes Q gap units units_magic units_shift fold fold_magic fold_shift group_magic group_shift "
+    "boxes k_groups v_groups Q gap units units_magic units_shift fold fold_magic fold_shift group_magic group_shift "
     "q_stride_h state_width page_size scale_log2"
 ).split()
 # What each list has of its own, behind its name.
@@ -34,6 +34,8 @@ def hopper_pair_kernel(
     k_desc,
     v_desc,
     boxes: gl.int32,
+    k_groups: gl.int32,
+    v_groups: gl.int32,
     Q: gl.int64,
     gap: gl.int32,
     units: gl.int32,
@@ -95,6 +97,7 @@ def hopper_pair_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
+    GROUPED: gl.constexpr,
     ALIGN: gl.constexpr,
     FETCH_REGISTERS: gl.constexpr,
     EARLY: gl.constexpr,
@@ -111,7 +114,9 @@ def hopper_pair_kernel(
         # Lengths and page tables may come from the kernel before.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    buffers, bars = decode_buffers(ELEMENT, BLOCK_M // GROUP_ROWS, TILE_D, TILE_DV, BLOCK_N, STAGES)
+    buffers, bars = decode_buffers(
+        ELEMENT, BLOCK_M // GROUP_ROWS, TILE_D, TILE_DV, BLOCK_N, STAGES, GROUPED, False
+    )
     folds = (fold, fold_magic, fold_shift)
     # Numbers at run time, for functions that take nothing else.
     top_row = own_batch * 0
@@ -209,7 +214,9 @@ def hopper_pair_kernel(
         buffers, bars, queries, queries, queries, left, unit, fold, by_fold, (OPEN, window_right), (lane, lanes), scale_log2,
     )  # fmt: skip
     pages = (pointer(page_table, gl.int32, 1), table_stride, page_size, boxes)
-    fetches = (k_desc, v_desc, buffers[1], buffers[2], bars, pages, none, kv_head)
+    fetches = (
+        k_desc, v_desc, buffers[1], buffers[2], bars, pages, (k_groups, v_groups), none, kv_head, none
+    )  # fmt: skip
     run_warps(
         common, fetches, begins, work, HEAD_DIM, HEAD_DIM_V, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS,
         FETCH_REGISTERS, EARLY, True,

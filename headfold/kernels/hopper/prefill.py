@@ -1,5 +1,7 @@
 """The kernel: buffers, barriers, and who runs what."""
 
+import triton.language as tl
+
 from headfold.kernels.hopper.compat import fence_async_shared, gl, gluon, mbarrier
 from headfold.kernels.hopper.consumer import consume
 from headfold.kernels.hopper.copies import WARPS as COPYING_WARPS
@@ -284,3 +286,5 @@ def prefill_kernel(
             [4, 4, 1],
             [160, 160, 24],
         )  # fmt: skip
+    # A launch beside the kernel before it must not end before that one; any other does not wait here.
+    tl.extra.cuda.gdc_wait()
