@@ -115,6 +115,8 @@ def consume_short(
     scale_log2 = scales[0]
     Q_STAGES: gl.constexpr = q_buffers[0].type.shape[0]
     dtype: gl.constexpr = q_buffers[0].dtype
+    # Where shared memory has room for one buffer of queries four programs share registers, too few for scores beside weights.
+    OVERLAP: gl.constexpr = Q_STAGES > 1
     turn = 0
     count = 0
     letter = receive(turn, lengths, mail, posted, taken, VARLEN)
@@ -145,17 +147,26 @@ def consume_short(
             block = blocks - 2 - i
             stage = count % STAGES
             older = (count - 1) % STAGES
-            mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-            scores = issue_scores(query, operands(k_buffers, stage, BLOCK_N, HEAD_DIM), BLOCK_N)
+            if OVERLAP:
+                mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+                scores = issue_scores(query, operands(k_buffers, stage, BLOCK_N, HEAD_DIM), BLOCK_N)
             mbarrier.wait(v_full.index(older), ((count - 1) // STAGES) & 1)
             values = operands(v_buffers, older, BLOCK_N, HEAD_DIM_V)
             acc = issue_values(softmax.unpack(words, dtype), values, acc)
-            scores = warpgroup_mma_wait(len(acc), deps=[scores])
+            if OVERLAP:
+                scores = warpgroup_mma_wait(len(acc), deps=[scores])
+            else:
+                mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+                acc = wait_values(acc)
+                mbarrier.arrive(v_free.index(older), count=1)
+                scores = issue_scores(query, operands(k_buffers, stage, BLOCK_N, HEAD_DIM), BLOCK_N)
+                scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_free.index(stage), count=1)
             scores = hide_sides(scores, bounds, sides, low + block * BLOCK_N, block)
             weights, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
-            acc = wait_values(acc)
-            mbarrier.arrive(v_free.index(older), count=1)
+            if OVERLAP:
+                acc = wait_values(acc)
+                mbarrier.arrive(v_free.index(older), count=1)
             acc = scaled(acc, shrink)
             words = softmax.pack(weights, dtype)
             count += 1
