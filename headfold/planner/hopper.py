@@ -34,6 +34,8 @@ COPIED_BELOW_WITH_EDGE = 16
 # Keys of a box of the prefill: each size is a program, and larger ones are no faster (pages of 64, 128 and 256 3625, 3616 and
 # 3589 us in boxes of their own; 32:8 d128 b4 8192 causal).
 BOX_KEYS = (64, 16, 8)
+# Boxes of a block up to which one warp fetches K and V (`kernels/hopper/pages.py`).
+MOST_BOXES = 4
 # With a left edge a tile's first block begins at a multiple of so many keys (`kernels/hopper/spans.py`).
 EDGE = 16
 # Of the words that `headfold/extras.py` has for what calls ask, what the prefill can do: always, and without a mask in memory.
@@ -134,7 +136,11 @@ def plan_hopper(
             f"{consumers[tile.rows // GROUP_ROWS - 1]} while another fetches "
             f"{'' if fetched == 1 else 'through the copy engine '}(Gluon, docs/hopper.md)",
             "a tile holds rows of one head: the heads of a group find K and V in the L2 cache",
-            *([f"tiles see few blocks: {tile.resident} programs share a multiprocessor"] if tile.resident > 1 else []),
+            *(
+                [f"tiles see few blocks: {tile.resident} programs share a multiprocessor"]
+                if tile.resident > 1
+                else []
+            ),
             *dims,
             *([pages] if pages else []),
         ),
@@ -156,7 +162,8 @@ def prefill_tile(p: Problem, device: Device) -> Tile:
     """The prefill's tile: a short one where tiles see few blocks, else one of two consumers or three."""
     rows, keys = tile_rows(p, device), block_keys(p)
     short = short_tile(p, max(columns_in_memory(n, p.dtype.itemsize) for n in columns(p, rows)), rows, keys)
-    if short and not copies_rows(p, short.keys):
+    # One warp fetches all of a block: where that takes many boxes, or rows are copied, several do.
+    if short and (p.kv_layout != "paged" or short.keys <= MOST_BOXES * fetched_rows(p, short.keys)):
         return short
     return Tile(rows, keys, 4 * (rows // GROUP_ROWS + 1), STAGES, tma=True)
 
@@ -380,7 +387,9 @@ def shared_memory(p: Problem, tile: Tile) -> int:
     size, rows, keys = p.dtype.itemsize, tile.rows, tile.keys
     d, dv = columns(p, rows)
     wide, wide_v = columns_in_memory(d, size), columns_in_memory(dv, size)
-    total = (keys * (tile.stages * wide + value_stages(p, tile) * wide_v) + query_stages(p, tile) * rows * wide) * size
+    total = (
+        keys * (tile.stages * wide + value_stages(p, tile) * wide_v) + query_stages(p, tile) * rows * wide
+    ) * size
     if copies_rows(p, keys):
         total += 2 * keys * 8  # where rows of K and of V begin
     if p.tensor_mask:

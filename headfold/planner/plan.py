@@ -30,8 +30,8 @@ class Plan:
     and 0 where no kernel makes them, `mask_list_blocks` the blocks that each may hold.
     `workers` programs of a persistent kernel share the tiles (0: a program each); `section` heads at a time have
     their K and V in the L2 cache; where it fetches pages, `page_rows` keys come in one box from one of them (1: each is
-    copied by itself; 0: no pages). It has `query_stages` buffers of Q, `num_stages` of K and `value_stages` of V. `left_edge` asks for its program
-    whose rows need not see a sequence's first keys, `softcap` for the one that caps scores.
+    copied by itself; 0: no pages). It has `query_stages` buffers of Q, `num_stages` of K and `value_stages` of V.
+    `left_edge` asks for its program whose rows need not see a sequence's first keys, `softcap` for the one that caps scores.
     `short` is set for a mixed batch: the plan of its sequences of up to `short_queries` queries, which runs first, and
     this plan leaves those sequences out.
     How the CPU backend reads a Plan is said in `backends/cpu.py`.
