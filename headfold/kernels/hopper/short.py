@@ -121,16 +121,17 @@ def consume_short(
     count = 0
     letter = receive(turn, lengths, mail, posted, taken, VARLEN)
     spans = short_spans(letter, bottom_right, window, BLOCK_N)
+    next_sink = load_sink(sinks, letter[1])
     while letter[0] >= 0:
         _, head, tile, q_batch, q_first, sq, sk, _ = letter
         own, start, low, blocks, sides, bounds, end = spans
+        sink = next_sink
         stage = count % STAGES
         slot = turn % Q_STAGES
         query = operands(q_buffers, slot, GROUP_ROWS, HEAD_DIM)
         mbarrier.wait(q_full.index(slot), (turn // Q_STAGES) & 1)
         mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
         scores = issue_scores(query, operands(k_buffers, stage, BLOCK_N, HEAD_DIM), BLOCK_N)
-        sink = load_sink(sinks, head)  # here, not where it is used: memory answers meanwhile
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_free.index(stage), count=1)
         zero_unseen(
@@ -181,6 +182,7 @@ def consume_short(
         turn += 1
         letter = receive(turn, lengths, mail, posted, taken, VARLEN)
         spans = short_spans(letter, bottom_right, window, BLOCK_N)
+        next_sink = load_sink(sinks, letter[1])  # a tile before it is used: memory answers meanwhile
         acc = wait_values(acc)
         mbarrier.arrive(v_free.index(older), count=1)
         lse_out = (offset(lse_base, lse_strides, q_batch, q_first, head, 1), lse_strides[1])
