@@ -33,7 +33,11 @@ PAGE = 16
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What of a model its attention kernels depend on. `rotary_dim` is 0 where q and k come rotated already."""
+    """What of a model its attention kernels depend on.
+
+    `rotary_dim` is 0 where q and k come rotated already; `window` the keys that a query sees in layers with a sliding
+    window, 0 without such layers.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -43,14 +47,15 @@ class Model:
     rotary_dim: int = 0
     softcap: float = 0.0
     sinks: bool = False
+    window: int = 0
 
 
 def read_model(path: Path) -> Model:
     """A Model from a `config.json` as model hubs publish it, or from its `text_config` where there is one.
 
     Read are num_attention_heads, num_key_value_heads (default: as many), head_dim (default: hidden_size divided by
-    the heads), v_head_dim, dtype or torch_dtype, partial_rotary_factor, attn_logit_softcapping, and whether the
-    model type is known for sinks.
+    the heads), v_head_dim, dtype or torch_dtype, partial_rotary_factor, attn_logit_softcapping, sliding_window and
+    use_sliding_window, and whether the model type is known for sinks.
 
     Raises:
         ValueError: a key is missing or its value is none that attention can run with.
@@ -80,6 +85,8 @@ def read_model(path: Path) -> Model:
     if dtype not in DTYPES:
         raise ValueError(f"config has dtype {name!r}; it must be float16, bfloat16 or float32")
     share = config.get("partial_rotary_factor") or 1.0
+    # Models without such layers leave the key out, hold null, or switch it off.
+    windowed = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
     return Model(
         heads,
         kv_heads,
@@ -89,6 +96,7 @@ def read_model(path: Path) -> Model:
         rotary_dim=int(head_dim * share) // 2 * 2,
         softcap=float(config.get("attn_logit_softcapping") or 0.0),
         sinks=config.get("model_type") == "gpt_oss",
+        window=_count(config, "sliding_window") if windowed else 0,
     )
 
 
@@ -121,8 +129,14 @@ def _features(model: Model) -> dict[str, Any]:
 
 def calls_of(model: Model) -> Iterator[Inputs]:
     """One call of each kind that serving or training a model makes, on tensors without memory."""
-    heads, d, dtype = model.num_heads, model.head_dim, model.dtype
     plain = _features(model)
+    yield from _calls_with(model, plain)
+    if model.window:
+        yield from _calls_with(model, plain | {"window_left": model.window - 1})
+
+
+def _calls_with(model: Model, plain: dict[str, Any]) -> Iterator[Inputs]:
+    heads, d, dtype = model.num_heads, model.head_dim, model.dtype
     for batch, sq, sk in itertools.product(BATCHES, QUERIES, KEYS):
         lengths, offsets = _meta(batch), _meta(batch + 1)
         q = _meta(batch, sq, heads, d, dtype=dtype)

@@ -44,9 +44,11 @@ def test_a_config_is_read_as_hubs_publish_it(tmp_path: Path) -> None:
             partial_rotary_factor=0.5,
             attn_logit_softcapping=50.0,
             model_type="gpt_oss",
+            sliding_window=128,
         )
     )
-    assert read == Model(32, 8, 64, 32, torch.float16, rotary_dim=32, softcap=50.0, sinks=True)
+    assert read == Model(32, 8, 64, 32, torch.float16, rotary_dim=32, softcap=50.0, sinks=True, window=128)
+    assert read_model(config_file(tmp_path, sliding_window=4096, use_sliding_window=False)).window == 0
 
 
 def test_no_kv_heads_means_as_many_as_heads(tmp_path: Path) -> None:
@@ -70,6 +72,7 @@ def test_the_text_part_of_a_larger_model_is_read(tmp_path: Path) -> None:
         ({"head_dim": 512}, "head_dim 512"),
         ({"torch_dtype": "int8"}, "dtype 'int8'"),
         ({"hidden_size": "wide"}, "hidden_size 'wide'"),
+        ({"sliding_window": 0}, "sliding_window 0"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -106,6 +109,25 @@ def test_calls_hold_no_memory_and_pass_the_checks() -> None:
         check(x)
         check_features(x)
     assert len(list(precompile.appends_of(model))) > 0
+
+
+def test_layers_with_a_window_are_compiled_beside_those_without() -> None:
+    """A narrow one has tiles of its own on a Hopper GPU."""
+    with backends.force(DEVICES["h200"]):
+        plans = {
+            window: [
+                backends.plan_of(x)[1]
+                for x in precompile.calls_of(Model(64, 8, 64, 64, torch.bfloat16, window=window))
+            ]
+            for window in (0, 128)
+        }
+    assert len(plans[128]) == 2 * len(plans[0])
+    rows = {
+        window: {plan.block_m for plan in found if plan.backend == "hopper" and plan.kernel == "prefill"}
+        for window, found in plans.items()
+    }
+    assert 64 not in rows[0]
+    assert 64 in rows[128]
 
 
 @pytest.mark.parametrize(

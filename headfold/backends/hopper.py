@@ -13,7 +13,7 @@ from headfold.kernels.hopper.compat import TensorDescriptor
 from headfold.kernels.hopper.layouts import groups_layout, shared_layout
 from headfold.kernels.hopper.prefill import MAX_REGISTERS, prefill_kernel
 from headfold.kernels.tile_list import CHUNK, tile_list_kernel
-from headfold.planner.hopper import GROUP_ROWS, query_stages
+from headfold.planner.hopper import GROUP_ROWS
 from headfold.planner.plan import Plan
 from headfold.problem import Inputs, k_capacity, q_capacity
 
@@ -162,7 +162,7 @@ def launch_arguments(
         "COLUMNS": x.v.shape[-1],
         "BLOCK_N": keys,
         "STAGES": plan.num_stages,
-        "Q_STAGES": query_stages(d, plan.block_m, mask is not None or copied),
+        "Q_STAGES": plan.query_stages,
         "VALUES": plan.value_stages,
         "MASKED": mask is not None,
         "VARLEN": tile_list is not None,
@@ -173,7 +173,7 @@ def launch_arguments(
         "GROUPED": grouped,
         "GROUPS": consumers,
         "num_warps": 4,
-        "maxnreg": MAX_REGISTERS[consumers],
+        "maxnreg": MAX_REGISTERS[consumers, plan.resident],
         "enable_fp_fusion": True,  # Triton's default up to 3.9
     }
     return arguments, variant

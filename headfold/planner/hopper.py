@@ -7,6 +7,7 @@ from dataclasses import replace
 from headfold.extras import FAR_CACHE
 from headfold.planner.device import Device
 from headfold.planner.plan import Plan
+from headfold.planner.short import short_tile
 from headfold.planner.tiles import Tile
 from headfold.problem import Problem
 
@@ -33,6 +34,8 @@ COPIED_BELOW_WITH_EDGE = 16
 # Keys of a box of the prefill: each size is a program, and larger ones are no faster (pages of 64, 128 and 256 3625, 3616 and
 # 3589 us in boxes of their own; 32:8 d128 b4 8192 causal).
 BOX_KEYS = (64, 16, 8)
+# Boxes of a block up to which one warp fetches K and V (`kernels/hopper/pages.py`).
+MOST_BOXES = 4
 # With a left edge a tile's first block begins at a multiple of so many keys (`kernels/hopper/spans.py`).
 EDGE = 16
 # Of the words that `headfold/extras.py` has for what calls ask, what the prefill can do: always, and without a mask in memory.
@@ -63,7 +66,9 @@ TWIN_BYTES = 32 << 10
 MOST_STAGES = 6
 
 
-def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = False) -> Plan | str:
+def plan_hopper(
+    p: Problem, device: Device, triton_rows: int, parted: bool = False, tile: Tile | None = None
+) -> Plan | str:
     """The plan of `p` on the Hopper kernel, or the reason why it goes to the Triton kernel.
 
     Args:
@@ -71,12 +76,13 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
         device: the Device.
         triton_rows: rows that the Triton kernel's tiles would hold.
         parted: the short sequences of a mixed batch run apart.
+        tile: the tile to take in place of `prefill_tile`'s.
     """
     if device.arch != (9, 0) or p.device_type == "cpu":  # on CPU tensors kernels are interpreted
         return "the Triton kernel: the Gluon one is for Hopper GPUs"
-    height = tile_rows(p, device)
-    d, dv = columns(p, height)
-    keys = block_keys(p)
+    tile = tile or prefill_tile(p, device)
+    d, dv = columns(p, tile.rows)
+    keys = tile.keys
     taken = TAKEN if p.tensor_mask else TAKEN + TAKEN_UNMASKED
     reason = refusal(p, (d, dv), tuple(word for word in p.extras if word not in taken))
     fetched = fetched_rows(p, keys) if p.kv_layout == "paged" else 0
@@ -87,19 +93,14 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
         reason = "which has no softcap for rows that are copied from more than 32 GiB"
     if not reason and p.pack_gqa and p.group > 1:
         reason = "which does not fold, as pack_gqa=True asks"
-    per_sequence = -(-p.max_seqlen_q // height)
-    # A ragged batch is laid out at its bound, but a tile past its sequence's end is not there (`kernels/tile_list.py`).
-    ends = (
-        -(-p.total_q // p.max_seqlen_q) if parted else p.batch
-    )  # sequences, each of which wastes part of a tile
-    tiles = min(p.batch * per_sequence, -(-p.total_q // height) + ends)
-    rows = tiles * p.num_heads * height
+    rows = rows_held(p, tile_rows(p, device), parted)
     if not reason and not p.tensor_mask and rows > WORTH_ROWS * triton_rows:
         reason = f"whose tiles of one head would hold {rows} rows instead of {triton_rows}"
     if reason:
         return f"the Triton kernel, not the Gluon one, {reason}"
     head_bytes = p.max_seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize
     section = max(1, int(device.l2 * SECTION_OF_L2) // head_bytes) * p.group
+    per_sequence = -(-p.max_seqlen_q // tile.rows)
     falling = p.window_right is not None and not left_edge(p) and not p.lengths_on_device
     if falling and per_sequence >= ALL_AT_ONCE:
         section = p.batch * p.num_heads
@@ -107,19 +108,22 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
     if (p.head_dim, p.head_dim_v) != (parts(d)[0], parts(dv)[0]):
         cut = [" + ".join(str(n) for n in parts(one) if n) for one in (d, dv)]
         dims = (f"head dimensions {p.head_dim}/{p.head_dim_v} run in {cut[0]} and {cut[1]} columns",)
-    workers = min(max(1, device.sms - p.sm_margin), p.batch * per_sequence * p.num_heads)
+    workers = min(max(1, device.sms - p.sm_margin) * tile.resident, p.batch * per_sequence * p.num_heads)
+    consumers = ("a warpgroup computes", "two warpgroups compute", "three warpgroups compute")
     return Plan(
         backend="hopper",
         kernel="prefill",
         fold=1,
-        block_m=height,
+        block_m=tile.rows,
         block_n=keys,
         head_units=p.num_heads,
         tiles=p.batch * per_sequence,
         tiles_per_sequence=per_sequence,
-        num_warps=4 * (height // GROUP_ROWS + 1),
-        num_stages=STAGES,
-        value_stages=value_stages(p, keys, height),
+        resident=tile.resident,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        value_stages=value_stages(p, tile),
+        query_stages=query_stages(p, tile),
         d_parts=parts(d),
         dv_parts=parts(dv),
         use_tma=True,
@@ -130,15 +134,46 @@ def plan_hopper(p: Problem, device: Device, triton_rows: int, parted: bool = Fal
         far=far,
         workers=workers,
         section=min(section, p.batch * p.num_heads),
-        shared_memory=shared_memory(p, keys, height),
+        shared_memory=shared_memory(p, tile),
         reasons=(
-            f"{'two' if height == 128 else 'three'} warpgroups compute while another fetches "
+            f"{consumers[tile.rows // GROUP_ROWS - 1]} while another fetches "
             f"{'' if fetched == 1 else 'through the copy engine '}(Gluon, docs/hopper.md)",
             "a tile holds rows of one head: the heads of a group find K and V in the L2 cache",
+            *(
+                [f"tiles see few blocks: {tile.resident} programs share a multiprocessor"]
+                if tile.resident > 1
+                else []
+            ),
             *dims,
             *pages_reason(p, fetched),
         ),
     )
+
+
+def rows_held(p: Problem, height: int, parted: bool) -> int:
+    """Rows that tiles of `height` rows of one head would hold, used or not, over all heads.
+
+    A ragged batch is laid out at its bound, but a tile past its sequence's end is not there (`kernels/tile_list.py`).
+    """
+    # Sequences, each of which wastes part of a tile.
+    ends = -(-p.total_q // p.max_seqlen_q) if parted else p.batch
+    tiles = min(p.batch * -(-p.max_seqlen_q // height), -(-p.total_q // height) + ends)
+    return tiles * p.num_heads * height
+
+
+def prefill_tile(p: Problem, device: Device) -> Tile:
+    """The prefill's tile: a short one where tiles see few blocks, else one of two consumers or three."""
+    rows, keys = tile_rows(p, device), block_keys(p)
+    short = short_tile(p, max(columns_in_memory(n, p.dtype.itemsize) for n in columns(p, rows)), rows, keys)
+    # One warp fetches all of a block: where that takes many boxes, or rows are copied, several do.
+    if short and (p.kv_layout != "paged" or short.keys <= MOST_BOXES * fetched_rows(p, short.keys)):
+        return short
+    return Tile(rows, keys, 4 * (rows // GROUP_ROWS + 1), STAGES, tma=True)
+
+
+def copies_rows(p: Problem, keys: int) -> bool:
+    """Whether keys come row by row, as they do from pages too small for boxes."""
+    return p.kv_layout == "paged" and fetched_rows(p, keys) == 1
 
 
 def tile_rows(p: Problem, device: Device) -> int:
@@ -332,10 +367,10 @@ def decode_keys(p: Problem) -> int:
     return 128 if max(decode_columns(p)) <= 128 else 64
 
 
-def value_stages(p: Problem, keys: int, rows: int) -> int:
+def value_stages(p: Problem, tile: Tile) -> int:
     """Buffers of V of the prefill."""
-    copied = p.kv_layout == "paged" and fetched_rows(p, keys) == 1
-    return COPY_STAGES if copied and max(columns(p, rows)) <= 128 else STAGES
+    copied = copies_rows(p, tile.keys)
+    return COPY_STAGES if copied and max(columns(p, tile.rows)) <= 128 else tile.stages
 
 
 def page_rows(p: Problem, keys: int) -> int:
@@ -355,7 +390,7 @@ def columns(p: Problem, rows: int) -> tuple[int, int]:
     d, dv = product_dim(p.head_dim), product_dim(p.head_dim_v)
     # With weights in registers products of 64 and of 32 columns take two consumers longer than one of 128 (d96, 16384: 440
     # TFLOP/s against 524). Three have no registers for the padding.
-    if rows == 2 * GROUP_ROWS and 64 < dv < 128:
+    if rows <= 2 * GROUP_ROWS and 64 < dv < 128:
         dv = 128
     return d, dv
 
@@ -386,9 +421,12 @@ def padded_dim(d: int) -> int:
     return next((n for n in (64, 128, 256) if 3 * n // 4 <= d <= n), 0)
 
 
-def query_stages(d: int, rows: int, masked: bool) -> int:
+def query_stages(p: Problem, tile: Tile) -> int:
     """Buffers for the queries of a tile: two where shared memory has room, so that they come a tile ahead."""
-    return 2 if not masked and (d <= 64 or (d <= 128 and rows == 2 * GROUP_ROWS)) else 1
+    d, _ = columns(p, tile.rows)
+    if p.tensor_mask or copies_rows(p, tile.keys) or tile.resident > 3:
+        return 1
+    return 2 if d <= 64 or (d <= 128 and tile.rows <= 2 * GROUP_ROWS) else 1
 
 
 def parts(d: int) -> tuple[int, int]:
@@ -403,18 +441,18 @@ def columns_in_memory(d: int, size: int) -> int:
     return first + (SWIZZLED // size if rest else 0)
 
 
-def shared_memory(p: Problem, keys: int, rows: int) -> int:
+def shared_memory(p: Problem, tile: Tile) -> int:
     """Bytes of shared memory the kernel needs, an upper bound; tests compare it with what the compiler reports."""
-    size = p.dtype.itemsize
+    size, rows, keys = p.dtype.itemsize, tile.rows, tile.keys
     d, dv = columns(p, rows)
     wide, wide_v = columns_in_memory(d, size), columns_in_memory(dv, size)
-    copied = p.kv_layout == "paged" and fetched_rows(p, keys) == 1
-    queries = query_stages(d, rows, p.tensor_mask or copied)
-    total = (keys * (STAGES * wide + value_stages(p, keys, rows) * wide_v) + queries * rows * wide) * size
-    if copied:
+    total = (
+        keys * (tile.stages * wide + value_stages(p, tile) * wide_v) + query_stages(p, tile) * rows * wide
+    ) * size
+    if copies_rows(p, keys):
         total += 2 * keys * 8  # where rows of K and of V begin
     if p.tensor_mask:
-        total += STAGES * rows * keys * 2
+        total += tile.stages * rows * keys * 2
     first, rest = parts(d)
     first_v, rest_v = parts(dv)
     # Where shared memory is short results leave through the queries' buffers, if those have room.

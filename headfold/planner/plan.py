@@ -30,8 +30,8 @@ class Plan:
     and 0 where no kernel makes them, `mask_list_blocks` the blocks that each may hold.
     `workers` programs of a persistent kernel share the tiles (0: a program each); `section` heads at a time have
     their K and V in the L2 cache; where it fetches pages, `page_rows` keys come in one box from one of them (1: each is
-    copied by itself; 0: no pages). It has `num_stages` buffers of K and `value_stages` of V. `left_edge` asks for its program
-    whose rows need not see a sequence's first keys, `softcap` for the one that caps scores.
+    copied by itself; 0: no pages). It has `query_stages` buffers of Q, `num_stages` of K and `value_stages` of V.
+    `left_edge` asks for its program whose rows need not see a sequence's first keys, `softcap` for the one that caps scores.
     `short` is set for a mixed batch: the plan of its sequences of up to `short_queries` queries, which runs first, and
     this plan leaves those sequences out. With `beside` both run at the same time.
     How the CPU backend reads a Plan is said in `backends/cpu.py`.
@@ -58,6 +58,7 @@ class Plan:
     num_warps: int = 4
     num_stages: int = 1
     value_stages: int = 0
+    query_stages: int = 0
     d_parts: tuple[int, int] = (0, 0)
     dv_parts: tuple[int, int] = (0, 0)
     use_tma: bool = False
@@ -152,7 +153,9 @@ class Plan:
         )
         if self.workers:
             lines.append(
-                f"{self.programs} tiles taken by {self.workers} programs, the longest first, "
+                f"{self.programs} tiles taken by {self.workers} programs"
+                + (f", {self.resident} a multiprocessor" if self.resident > 1 else "")
+                + ", the longest first, "
                 f"{self.section} heads at a time"
             )
         else:

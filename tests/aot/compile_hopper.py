@@ -62,10 +62,17 @@ def variants() -> dict[str, Inputs]:
     for d, dv in PAGED_DIMS:
         for page_size in (1, 8, 16, 64) if d in (64, 128, 256) else (8, 64):
             found[f"d{d}/{dv} pages of {page_size}"] = paged(d, dv, page_size)
-        found[f"d{d}/{dv} left window"] = left = call(d, dv)
+        found[f"d{d}/{dv} left window"] = left = call(d, dv, length=4096)
         left.window_left = 100
         found[f"d{d}/{dv} pages of 16, left window"] = left = paged(d, dv, 16)
         left.window_left = 100
+    for d in (64, 96, 128):
+        found[f"d{d}/{d} dense, short"] = few = narrow(call(d, d))
+        found[f"d{d}/{d} ragged, short"] = dataclasses.replace(
+            few, seqused_k=torch.empty(2, dtype=torch.int32)
+        )
+        found[f"d{d}/{d} pages of 16, short"] = narrow(paged(d, d, 16))
+    found["d64/64 float16 dense, short"] = narrow(call(64, 64, torch.float16))
     found["d128/128 pages of 1, left window"] = left = paged(128, 128, 1)
     left.window_left = 100
     for d, dv in DIMS:
@@ -86,6 +93,10 @@ def variants() -> dict[str, Inputs]:
 def call(d: int, dv: int, dtype: torch.dtype = torch.bfloat16, length: int = 512) -> Inputs:
     q, k = torch.empty(2, length, 8, d, dtype=dtype), torch.empty(2, length, 2, d, dtype=dtype)
     return Inputs(q, k, torch.empty(2, length, 2, dv, dtype=dtype))
+
+
+def narrow(x: Inputs) -> Inputs:
+    return dataclasses.replace(x, window_left=100, window_right=0)
 
 
 def capped(x: Inputs) -> Inputs:
@@ -202,7 +213,7 @@ def figures_of(task: tuple[str, str]) -> tuple[str, dict[str, Any]]:
     with assembler_log() as log:
         plan, kernel = compiled_call(calls()[name])
     dumped = dump_of(kernel)
-    planned = {"planned": plan.shared_memory, "rows": plan.block_m}
+    planned = {"planned": plan.shared_memory, "rows": plan.block_m, "resident": plan.resident}
     return name, {
         **figures(kernel, 90, dumped, log.getvalue()),
         **planned,

@@ -10,7 +10,7 @@ import torch
 
 import headfold
 from headfold import backends
-from headfold.planner import Plan, running_device
+from headfold.planner import Plan, running_device, short
 from headfold.planner import hopper as planner
 from headfold.planner.hopper import plan_hopper
 from headfold.problem import Inputs
@@ -38,6 +38,12 @@ def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
     from headfold.backends.hopper import run as run_on_hopper
 
     run_on_hopper(plan, x, out, lse)
+
+
+@pytest.fixture(autouse=True)
+def two_consumers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short tiles are for test_hopper_short.py."""
+    monkeypatch.setattr(short, "MOST_BLOCKS", dict.fromkeys(short.RESIDENT, 0))
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from headfold import extras
 from headfold.kernels.hopper import spans
 from headfold.planner import hopper as planner
+from headfold.planner import short
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
 from tests.gluon_emulator import engines, language
@@ -24,6 +25,12 @@ from tests.gluon_emulator.engines import Descriptor
 from tests.gluon_emulator.scheduler import current
 from tests.hopper_calls import LAYOUTS, PARTED_DIMS, SMALL, SMALL_RAGGED, drawn, drawn_ragged, in_pages
 from tests.kernels.emulated import attend
+
+
+@pytest.fixture(autouse=True)
+def two_consumers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short tiles are for test_hopper_short_emulated.py."""
+    monkeypatch.setattr(short, "MOST_BLOCKS", dict.fromkeys(short.RESIDENT, 0))
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -23,7 +23,9 @@ from tests.hopper_calls import (
     with_features,
 )
 from tests.kernels.emulated import attend
-from tests.kernels.test_hopper_emulated import check, check_pages, paged_rows, rand, same
+from tests.kernels.test_hopper_emulated import check, check_pages, paged_rows, rand, same, two_consumers
+
+__all__ = ["two_consumers"]  # a fixture that is used of itself
 
 
 @pytest.mark.parametrize("seed", range(24))

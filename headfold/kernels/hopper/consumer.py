@@ -19,7 +19,7 @@ from headfold.kernels.hopper.products import (
     scaled,
     wait_values,
 )
-from headfold.kernels.hopper.results import finished, halves, offset, send, send_all, store, write_lse
+from headfold.kernels.hopper.results import finished, halves, leave_ragged, offset, send, store, write_lse
 from headfold.kernels.hopper.schedule import pass_turn, receive, wait_turn
 from headfold.kernels.hopper.spans import (
     CHUNKS,
@@ -396,13 +396,10 @@ def consume(
         if not SENT:
             store(acc, lse, staged, out, lse_out, own, sq, COLUMNS)
         elif VARLEN:
-            # Behind the last row of a sequence comes another one, or what is not to be written.
-            if (own + GROUP_ROWS <= sq) | (lengths[3][0] + lengths[3][2] == 0):
-                send_all(acc, staging, GROUP, out_desc, q_batch, head, q_first + own, HEAD_DIM_V)
-                write_lse(lse, lse_out, own, sq)
-            else:
-                tma_store_wait(0)
-                store(acc, lse, staged, out, lse_out, own, sq, COLUMNS)
+            leave_ragged(
+                acc, lse, staging, GROUP, out_desc, out, lse_out, lengths[3][0] + lengths[3][2],
+                (q_batch, q_first, head), own, sq, HEAD_DIM_V, COLUMNS,
+            )  # fmt: skip
         elif IN_HALVES:
             first_half, second_half = halves(acc[0], STAGED)
             send((first_half,), staging, GROUP, out_desc, q_batch, head, own, 0, STAGED)

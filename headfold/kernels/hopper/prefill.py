@@ -11,10 +11,12 @@ from headfold.kernels.hopper.masked import consume_masked
 from headfold.kernels.hopper.pages import apart, fetch_values
 from headfold.kernels.hopper.producer import produce
 from headfold.kernels.hopper.schedule import LETTER
+from headfold.kernels.hopper.short import consume_short
 
-# Registers a thread at the start, by the number of consumers: 12 or 16 warps share 65,536, and hand them over to the
-# consumers (240 or 160) afterwards.
-MAX_REGISTERS = {2: 168, 3: 128}
+# Registers a thread at the start, by the number of consumers and of programs a multiprocessor, of which it has 65,536: 12
+# or 16 warps hand them over to two or three consumers (240 or 160) afterwards; of the 8 of a program of one consumer, whose
+# producer's warpgroup has three idle warps, the consumer has what the producer leaves of twice as many.
+MAX_REGISTERS = {(2, 1): 168, (3, 1): 128, (1, 2): 128, (1, 4): 64}
 
 INTEGERS = (
     "has_cu_q has_cu_k has_used_q has_used_k sq sk bottom_right heads group tiles section units "
@@ -140,7 +142,7 @@ def prefill_kernel(
     GROUPED: gl.constexpr,
     GROUPS: gl.constexpr,
 ):
-    """Grid: one program a multiprocessor.
+    """Grid: one program a multiprocessor, or with GROUPS = 1 several.
 
     Keys of a paged cache come in boxes of PAGE_ROWS through k_desc and v_desc, or with PAGE_ROWS = 1 row by row from K and
     V, whose strides are in units of 16 bytes; FAR where not all of such a cache can be told by 32 bits of them. GROUPED
@@ -252,6 +254,17 @@ def prefill_kernel(
             ],
             [4, 1, 1],
             [240, 32, 32],
+        )  # fmt: skip
+    elif GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (consume_short, (common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, COLUMNS, VARLEN)),
+                (produce, (
+                    fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 1, STAGES, False, VARLEN, LEFT, PAGE_ROWS, k_groups, v_groups,
+                )),
+            ],
+            [1],
+            [24],
         )  # fmt: skip
     elif GROUPS == 2:
         gl.warp_specialize(

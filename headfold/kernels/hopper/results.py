@@ -9,7 +9,7 @@ from headfold.kernels.hopper.compat import (
     tma_store,
     tma_store_wait,
 )
-from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, first_part, store_layout
+from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, first_part, staged_columns, store_layout
 from headfold.kernels.hopper.products import boxes_of, operands, scaled
 from headfold.kernels.parts.address import load_float
 
@@ -125,3 +125,34 @@ def send_all(acc, buffers, index, desc, batch, head, row, COLUMNS: gl.constexpr)
         send((second_half,), buffers, index, desc, batch, head, row, WIDTH, WIDTH)
     else:
         send(acc, buffers, index, desc, batch, head, row, 0, COLUMNS)
+
+
+@gluon.jit
+def leave_ragged(
+    acc,
+    lse,
+    staging,
+    index,
+    desc,
+    Out,
+    Lse,
+    q_given,
+    places,
+    first,
+    sq,
+    HEAD_DIM_V: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):
+    """64 finished rows of a sequence, from its row `first` on: by the copy engine where all of them may be written.
+
+    Behind the last row of a sequence comes another one, or what is not to be written; or nothing, where neither offsets nor
+    lengths of queries are `q_given`. `places` are (batch index, the sequence's first row, head).
+    """
+    batch, q_first, head = places
+    if (first + GROUP_ROWS <= sq) | (q_given == 0):
+        send_all(acc, staging, index, desc, batch, head, q_first + first, HEAD_DIM_V)
+        write_lse(lse, Lse, first, sq)
+    else:
+        tma_store_wait(0)
+        staged = operands(staging, index, GROUP_ROWS, staged_columns(staging[0].type.shape[4], HEAD_DIM_V))
+        store(acc, lse, staged, Out, Lse, first, sq, COLUMNS)
