@@ -66,7 +66,7 @@ def test_drawn_calls(seed: int) -> None:
         dtype=r.choice((torch.bfloat16, torch.float16)),
         q_layout=q_layout,
         kv_layout=r.choice(("dense", "ragged", "paged")),
-        page_size=r.choice((8, 16, 24, 64, 256)),
+        page_size=r.choice((1, 4, 8, 16, 24, 64, 256)),
         window=window,
         bottom_right=r.random() < 0.7,
         scale=r.choice((None, 0.0, 0.3)),
@@ -88,6 +88,19 @@ def test_pages_give_the_bits_of_rows(page_size: int, window: tuple[int, int]) ->
     assert_accurate(rows, *want)
     for shuffled in (False, True):
         assert same(attend(in_pages(rows, lengths, page_size, shuffled=shuffled)), want)
+
+
+@pytest.mark.parametrize("layout", ["apart", "halves", "heads first"])
+@pytest.mark.parametrize("d", [64, 96, 128, 256])
+@pytest.mark.parametrize("page_size", [1, 2, 8, 16, 24, 48, 64, 256])
+def test_few_rows_in_pages_and_in_rows(page_size: int, d: int, layout: str) -> None:
+    """One query of a group of 4, two programs a multiprocessor: rows are copied or come in boxes, and the bits are the same."""
+    lengths = [3000, 0, 333, 129, 1, 64, 2048]
+    rows = call([1] * 7, lengths, d=d, causal=True)
+    want = attend(rows)
+    assert_accurate(rows, *want)
+    pages = in_pages(rows, lengths, page_size, layout=layout)
+    assert all(same(attend(pages), want) for _ in range(20))
 
 
 @pytest.mark.parametrize("kv_layout", ["dense", "paged"])
