@@ -148,9 +148,7 @@ class Tensor(Value):
 
     @property
     def type(self) -> SimpleNamespace:
-        return SimpleNamespace(
-            layout=self.layout, shape=self.shape, element_ty=self.dtype, scalar=self.dtype
-        )
+        return SimpleNamespace(layout=self.layout, shape=self.shape, element_ty=self.dtype, scalar=self.dtype)
 
     def to(self, dtype: Any) -> Tensor:
         return Tensor(cast(self.data, dtype), self.layout)
