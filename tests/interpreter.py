@@ -7,8 +7,10 @@ tests/kernels/test_attention.py.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 
 def quicken() -> None:
@@ -17,6 +19,12 @@ def quicken() -> None:
     _leave_out_unread_overflows()
     _remember_types()
     _call_builtins_directly()
+
+
+def few_merging_programs() -> AbstractContextManager[Any]:
+    """Merges by few programs of some rows each, at the least two a tile, where a GPU has one a row: each looks for its
+    sequence and its states first, half of a merge's time here."""
+    return mock.patch.multiple("headfold.backends.triton", MERGE_PROGRAMS=64, MERGE_STREAM=32, MERGE_LEAST=2)
 
 
 def _patch_once_a_launch() -> None:
