@@ -23,7 +23,7 @@ from tests.hopper_calls import (
     with_features,
 )
 from tests.kernels.emulated import attend
-from tests.kernels.test_hopper_emulated import check, check_pages, paged_rows, rand, same
+from tests.kernels.test_hopper_emulated import check, check_pages, each_shuffled, paged_rows, rand, same
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -141,11 +141,11 @@ PAGED = [
 ]
 
 
-@pytest.mark.parametrize(("d", "dv", "page_size", "sq", "features"), PAGED)
+@pytest.mark.parametrize(("d", "dv", "page_size", "sq", "features", "layout"), each_shuffled(PAGED))
 def test_pages_give_the_bits_of_rows(
-    d: int, dv: int, page_size: int, sq: int | None, features: dict[str, Any]
+    d: int, dv: int, page_size: int, sq: int | None, features: dict[str, Any], layout: str
 ) -> None:
     """All with sinks; NaN past the ends."""
     rows, lengths = paged_rows(d, dv, page_size, sq, **features)
     rows.sink = rand(2)
-    check_pages(rows, lengths, page_size)
+    check_pages(rows, lengths, page_size, layout)
