@@ -6,7 +6,6 @@ tests/kernels/test_attention.py.
 
 from __future__ import annotations
 
-import inspect
 import math
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -17,7 +16,6 @@ from unittest import mock
 def quicken() -> None:
     """Change the interpreter of this process. Triton must have been told to interpret."""
     _patch_once_a_launch()
-    _remember_builtins()
     _leave_out_unread_overflows()
     _remember_types()
     _compare_types_at_once()
@@ -60,24 +58,6 @@ def _patch_once_a_launch() -> None:
 
     interpreter.GridExecutor.__call__ = new_launch
     interpreter.InterpretedFunction.__call__ = call
-
-
-def _remember_builtins() -> None:
-    """At every launch the language's modules and its tensors are searched for what to patch: 4 ms, as long as a small program
-    takes. They hold the same functions each time."""
-    from triton import language
-    from triton.runtime import interpreter
-
-    found: dict[Any, list[tuple[str, Any]]] = {}
-
-    def patch(package: Any, builder: Any, scope: Any) -> None:
-        if package not in found:
-            members = inspect.getmembers(package)
-            found[package] = [(n, member) for n, member in members if language.core.is_builtin(member)]
-        for name, member in found[package]:
-            interpreter._patch_attr(package, name, member, builder, scope)
-
-    interpreter._patch_builtin = patch
 
 
 def _leave_out_unread_overflows() -> None:
