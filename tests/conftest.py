@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
@@ -58,7 +58,10 @@ class Target:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Calls of headfold inside go this way."""
-        with backends.force(self.plan_for) if self.plan_for else nullcontext():
+        with ExitStack() as stack:
+            if self.plan_for:
+                stack.enter_context(backends.force(self.plan_for))
+                stack.enter_context(interpreter.few_merging_programs())
             yield
 
 

@@ -7,8 +7,10 @@ tests/kernels/test_attention.py.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 
 def quicken() -> None:
@@ -16,7 +18,14 @@ def quicken() -> None:
     _patch_once_a_launch()
     _leave_out_unread_overflows()
     _remember_types()
+    _compare_types_at_once()
     _call_builtins_directly()
+
+
+def few_merging_programs() -> AbstractContextManager[Any]:
+    """Merges by few programs of some rows each, at the least two a tile, where a GPU has one a row: each looks for its
+    sequence and its states first, half of a merge's time here."""
+    return mock.patch.multiple("headfold.backends.triton", MERGE_PROGRAMS=64, MERGE_STREAM=32, MERGE_LEAST=2)
 
 
 def _patch_once_a_launch() -> None:
@@ -99,6 +108,24 @@ def _remember_types() -> None:
     interpreter._get_np_dtype = known_np_dtype
     core.block_type.__init__ = known_block
     core.tensor.__init__ = new_tensor
+
+
+def _compare_types_at_once() -> None:
+    """Types are compared eight times an operation, and each time what may be a constant or a tuple of some is unwrapped: a
+    fourteenth of the rest. What is plainly neither is taken as it is."""
+    from triton.language import core
+
+    plain = {core.tensor, core.dtype, core.block_type, core.pointer_type, bool, int, float, str, type(None)}
+    unwrap, equal = core._unwrap_if_constexpr, core.dtype.__eq__
+
+    def unwrapped(value: Any) -> Any:
+        return value if type(value) in plain else unwrap(value)
+
+    def same_type(self: Any, other: Any) -> bool:
+        return self.name == other.name if type(other) is core.dtype else equal(self, other)
+
+    core._unwrap_if_constexpr = unwrapped
+    core.dtype.__eq__ = same_type
 
 
 def _call_builtins_directly() -> None:

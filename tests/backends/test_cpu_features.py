@@ -245,9 +245,15 @@ def _mask_bytes(x: Inputs) -> int:
     return x.batch * x.q.shape[-2] * x.q.shape[1] * x.k.shape[1] * 4
 
 
-@pytest.mark.parametrize("name", ["softcap", "slopes", "added_mask", "fixed_splits"])
-@pytest.mark.parametrize("kv_layout", ["dense", "ragged", "paged"])
-@pytest.mark.parametrize("dtype", DTYPES)
+# Every pair of a feature, a layout and a dtype.
+@pytest.mark.parametrize(
+    ("name", "kv_layout", "dtype"),
+    [
+        (name, ("dense", "ragged", "paged")[(i + j) % 3], dtype)
+        for i, name in enumerate(("softcap", "slopes", "added_mask", "fixed_splits"))
+        for j, dtype in enumerate(DTYPES)
+    ],
+)
 def test_decode_holds_a_tenth_of_the_cache_at_most(name: str, kv_layout: str, dtype: torch.dtype) -> None:
     """The cache is 25 to 50 MB; float32 copies of it block by block are a few."""
     x = make([1, 1], [30000, 20000], heads=8, d=128, dtype=dtype, kv_layout=kv_layout)

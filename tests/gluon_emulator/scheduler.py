@@ -40,7 +40,7 @@ class Thread:
         self, scheduler: Scheduler, name: str, program: Any, warps: int, run: Callable[[], None]
     ) -> None:
         self.scheduler, self.name, self.program, self.warps, self._run = scheduler, name, program, warps, run
-        self.ready: Callable[[], bool] = lambda: True
+        self.ready: Callable[[], bool] | None = None  # at once
         self.waits_for: Any = ""
         self.finished = False
         self.clock: Clock = {name: 1}
@@ -70,7 +70,7 @@ class Thread:
         """Go on once `ready()` holds; `what` tells a deadlock's reader what was waited for."""
         self.ready, self.waits_for = ready, what
         self.scheduler.switch(self)
-        self.ready, self.waits_for = lambda: True, ""
+        self.ready, self.waits_for = None, ""
 
     def _main(self) -> None:
         _local.thread = self
@@ -154,16 +154,20 @@ class Scheduler:
         if self.random.random() < 0.02:
             self._draw_speeds()
         while True:
-            threads = [t for t in self.threads if not t.finished and t.ready()]
+            threads = [t for t in self.threads if not t.finished and (t.ready is None or t.ready())]
             if not threads and not self.events:
                 waiting = [f"{t} waits for {t.waits_for}" for t in self.threads if not t.finished]
                 raise DeadlockError("nobody can go on: " + "; ".join(waiting))
             weights = [t.weight for t in threads]
             if self.events:
                 weights.append(self.copy_weight)
-            pick = self.random.choices(range(len(weights)), weights)[0]
-            if pick < len(threads):
-                return threads[pick]
+            left = self.random.random() * sum(weights)
+            for thread in threads:
+                left -= thread.weight
+                if left < 0:
+                    return thread
+            if not self.events:
+                return threads[-1]
             event = self.random.choice(self.events)
             if event():
                 self.events.remove(event)

@@ -40,7 +40,10 @@ class Shared:
         elif pieces:
             shape = [*shape[:-3], shape[-2], shape[-3] * shape[-1]]
         self.shape = [shape[i] for i in order] if order else shape
-        self.type = SimpleNamespace(shape=self.shape, layout=layout, element_ty=self.dtype)
+
+    @property
+    def type(self) -> SimpleNamespace:
+        return SimpleNamespace(shape=self.shape, layout=self.layout, element_ty=self.dtype)
 
     @property
     def rank(self) -> int:
@@ -65,6 +68,8 @@ class Shared:
         """The bytes of its allocation between its first element and its last."""
         size = self.data.element_size()
         first = self.data.storage_offset() * size
+        if self.data.is_contiguous():
+            return first, first + self.data.numel() * size
         span = sum((n - 1) * s for n, s in zip(self.data.shape, self.data.stride(), strict=True))
         return first, first + (span + 1) * size
 
@@ -73,7 +78,7 @@ class Shared:
 
     def index(self, index: Any) -> Shared:
         """Element `index` of the first dimension."""
-        i = int(number(index))
+        i = int(index if isinstance(index, int) else number(index))
         if not 0 <= i < self.shape[0]:
             raise IndexError(f"buffer {i} of {self.history.name}, which has {self.shape[0]}")
         if self.order or self.grouped or (self.pieces and self.rank == 2):

@@ -85,7 +85,10 @@ class Scalar(Value):
 
     def __init__(self, value: Any, dtype: Any) -> None:
         self.value, self.dtype = _rounded(value, dtype), dtype
-        self.type = dtype
+
+    @property
+    def type(self) -> Any:
+        return self.dtype
 
     @property
     def one(self) -> torch.Tensor:
@@ -107,12 +110,15 @@ class Scalar(Value):
         return f"{self.value}:{self.dtype}"
 
 
+NUMBERS = (Scalar, int, bool, float)
+
+
 def _rounded(value: Any, dtype: Any) -> Any:
     """A Python number as `dtype` holds it; an integer that does not fit raises."""
     limits = LIMITS.get(dtype.name)
     if limits is None:
         if dtype.is_floating():
-            return ctypes.c_float(value).value if dtype == gl.float32 else float(value)
+            return ctypes.c_float(value).value if dtype.name == "fp32" else float(value)
         return bool(value)
     value = int(value)
     if not limits[0] <= value < limits[1]:
@@ -139,7 +145,10 @@ class Tensor(Value):
         self.data, self.layout = data, layout
         self.dtype = GLUON[data.dtype]
         self.shape = list(data.shape)
-        self.type = SimpleNamespace(layout=layout, shape=self.shape, element_ty=self.dtype, scalar=self.dtype)
+
+    @property
+    def type(self) -> SimpleNamespace:
+        return SimpleNamespace(layout=self.layout, shape=self.shape, element_ty=self.dtype, scalar=self.dtype)
 
     def to(self, dtype: Any) -> Tensor:
         return Tensor(cast(self.data, dtype), self.layout)
@@ -202,8 +211,9 @@ def cast(data: torch.Tensor, dtype: Any) -> torch.Tensor:
         return data
     if dtype.name in LIMITS and data.dtype in (torch.int32, torch.int64) and data.numel():
         limits = torch.iinfo(target)
-        if int(data.min()) < limits.min or int(data.max()) > limits.max:
-            raise OverflowError(f"{int(data.min())}..{int(data.max())} leaves the range of {dtype}")
+        low, high = (int(end) for end in data.aminmax())
+        if low < limits.min or high > limits.max:
+            raise OverflowError(f"{low}..{high} leaves the range of {dtype}")
     return data.to(target)
 
 
@@ -225,7 +235,7 @@ def common_dtype(a: Any, b: Any) -> Any:
         weak, strong = (a, b.dtype) if weak_a else (b, a.dtype)
         if isinstance(weak, float) and not strong.is_floating():
             return gl.float32
-        if strong == gl.int1 and not isinstance(weak, bool):
+        if strong.name == "int1" and not isinstance(weak, bool):
             return number(weak).dtype
         return strong
     if a.dtype is b.dtype:
@@ -238,6 +248,8 @@ def common_dtype(a: Any, b: Any) -> Any:
 
 def binary(name: str, a: Any, b: Any) -> Any:
     """`a` and `b` through the operator `name`, as Gluon does it: layouts that differ raise."""
+    if type(a) in NUMBERS and type(b) in NUMBERS:  # four in five
+        return _of_scalars(name, a, b)
     if isinstance(a, Pointer) or isinstance(b, Pointer):
         if name in ("eq", "ne") and not isinstance(b, Pointer) and b == 0:  # whether a tensor was given
             return Scalar(name == "ne", gl.int1)
@@ -248,9 +260,6 @@ def binary(name: str, a: Any, b: Any) -> Any:
     dtype = common_dtype(a, b)
     if name == "truediv" and not dtype.is_floating():
         dtype = gl.float32
-    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
-        left = a.value if isinstance(a, Scalar) else a
-        return _of_scalars(name, left, b.value if isinstance(b, Scalar) else b, dtype)
     left, right, wrap = operands(a, b, dtype)
     if name in COMPARISONS:
         return wrap(COMPARISONS[name](left, right))
@@ -266,18 +275,21 @@ def binary(name: str, a: Any, b: Any) -> Any:
     return wrap(cast(ARITHMETIC[name](left, right), dtype))
 
 
-def _of_scalars(name: str, a: Any, b: Any, dtype: Any) -> Scalar:
-    """`a` and `b`, Python numbers, through the operator `name`, as numbers of `dtype`."""
+def _of_scalars(name: str, a: Any, b: Any) -> Scalar:
+    """`a` and `b`, of which one is a Scalar and the other may be a Python number, through the operator `name`."""
+    dtype = common_dtype(a, b)
+    left = a.value if type(a) is Scalar else a
+    right = b.value if type(b) is Scalar else b
+    if name in ARITHMETIC:
+        return Scalar(ARITHMETIC[name](left, right), dtype)
     if name in COMPARISONS:
-        return Scalar(COMPARISONS[name](a, b), gl.int1)
-    if name in ("floordiv", "mod"):
-        if dtype.is_floating():
-            raise TypeError(f"{name} of {a!r} and {b!r}: Gluon divides integers this way")
-        quotient = abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
-        return Scalar(quotient if name == "floordiv" else a - quotient * b, dtype)
+        return Scalar(COMPARISONS[name](left, right), gl.int1)
     if name == "truediv":
-        return Scalar(a / b, dtype)
-    return Scalar(ARITHMETIC[name](a, b), dtype)
+        return Scalar(left / right, dtype if dtype.is_floating() else gl.float32)
+    if dtype.is_floating():
+        raise TypeError(f"{name} of {a!r} and {b!r}: Gluon divides integers this way")
+    quotient = abs(left) // abs(right) * (1 if (left < 0) == (right < 0) else -1)
+    return Scalar(quotient if name == "floordiv" else left - quotient * right, dtype)
 
 
 def operands(a: Any, b: Any, dtype: Any) -> tuple[torch.Tensor, torch.Tensor, Callable[[Any], Any]]:

@@ -145,9 +145,9 @@ def test_paged_is_dense_bit_for_bit(target: Target, page_size: int) -> None:
         )
         paged.q = dense.q
         for i, n in enumerate((300, 77)):
-            for j in range(n):
-                page = int(paged.page_table[i, j // page_size])  # type: ignore[index]
-                paged.k[page, j % page_size], paged.v[page, j % page_size] = dense.k[i, j], dense.v[i, j]
+            keys = torch.arange(n, device=target.device)
+            at = paged.page_table[i, keys // page_size].long(), keys % page_size  # type: ignore[index]
+            paged.k[at], paged.v[at] = dense.k[i, :n], dense.v[i, :n]
         # A plan for the dense cache may use another tile: give both the paged one.
         results = []
         for x in (dense, paged):

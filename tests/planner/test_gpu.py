@@ -3,6 +3,7 @@ what is launched."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from bisect import bisect_right
@@ -615,8 +616,9 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return launcher
 
 
+@functools.cache
 def launch_cases() -> dict[str, Inputs]:
-    """A decode, a split one, a prefill, a ragged and a paged one."""
+    """A decode, a split one, a prefill, a ragged and a paged one. Nobody writes to them: all twelve take half a second."""
     one = make([1] * 3, [700] * 3, heads=12, kv_heads=2, d=64, dtype=torch.bfloat16)
     return {
         "decode": replace(one, num_splits=1),
