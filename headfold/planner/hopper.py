@@ -44,12 +44,16 @@ TAKEN_UNMASKED = ("a softcap", "attention chunks")
 # On an H200 this kernel runs at 1.3 times the Triton kernel's TFLOP/s (d128, 4096 keys; d96 1.4, d256 1.9, d64 as
 # fast without a mask and 1.1 times causal): it may waste rows for it.
 WORTH_ROWS = 1.3
+# And in short tiles: 64 ragged sequences of 16 to 256 tokens take 298 us there and 102 here at 64:8 d64, for 1.4 times the
+# rows, 189 and 97 at 32:8 d128 for 1.3 times.
+WORTH_ROWS_SHORT = 2.0
 # Share of the L2 cache that K and V of the heads in flight may take, where tiles are short or have the same length. b16 1024,
 # full: a sixth, a third, two thirds, 1.4 give 552, 545, 534, 521 TFLOP/s at d256 h8, 523, 522, 504, 476 at d128 h16.
 SECTION_OF_L2 = 1 / 3
-# Tiles of a head from which on all heads are in flight under a causal mask: their tiles then begin with the longest ones, and
-# programs walk them side by side. b4 4096: a sixth, a third, two thirds of the L2 cache, everything give 577, 622, 542, 619 at
-# d256 h8, 551, 520, 540, 561 at d128 h16, 429, 433, 428, 437 at d64 h32; b1 16384, d128: 598, 600, 578, 603.
+# Tiles of a head, of two consumers or three, from which on all heads are in flight under a causal mask: their tiles then begin
+# with the longest ones, and programs walk them side by side. b4 4096: a sixth, a third, two thirds of the L2 cache, everything
+# give 577, 622, 542, 619 at d256 h8, 551, 520, 540, 561 at d128 h16, 429, 433, 428, 437 at d64 h32; b1 16384, d128: 598, 600,
+# 578, 603.
 ALL_AT_ONCE = 16
 
 # Folded rows of one consumer of the decode kernel, and how many consumers share a tile at the most.
@@ -93,8 +97,9 @@ def plan_hopper(
         reason = "which has no softcap for rows that are copied from more than 32 GiB"
     if not reason and p.pack_gqa and p.group > 1:
         reason = "which does not fold, as pack_gqa=True asks"
-    rows = rows_held(p, tile_rows(p, device), parted)
-    if not reason and not p.tensor_mask and rows > WORTH_ROWS * triton_rows:
+    rows = rows_held(p, tile.rows, parted)
+    worth = WORTH_ROWS if tile.resident == 1 else WORTH_ROWS_SHORT
+    if not reason and not p.tensor_mask and rows > worth * triton_rows:
         reason = f"whose tiles of one head would hold {rows} rows instead of {triton_rows}"
     if reason:
         return f"the Triton kernel, not the Gluon one, {reason}"
@@ -102,7 +107,7 @@ def plan_hopper(
     section = max(1, int(device.l2 * SECTION_OF_L2) // head_bytes) * p.group
     per_sequence = -(-p.max_seqlen_q // tile.rows)
     falling = p.window_right is not None and not left_edge(p) and not p.lengths_on_device
-    if falling and per_sequence >= ALL_AT_ONCE:
+    if falling and -(-p.max_seqlen_q // max(tile.rows, 2 * GROUP_ROWS)) >= ALL_AT_ONCE:
         section = p.batch * p.num_heads
     dims: tuple[str, ...] = ()
     if (p.head_dim, p.head_dim_v) != (parts(d)[0], parts(dv)[0]):
@@ -129,7 +134,7 @@ def plan_hopper(
         use_tma=True,
         paged=fetched > 0,
         page_rows=fetched,
-        left_edge=left_edge(p),
+        left_edge=left_edge(p) or tile.resident > 1,
         softcap=p.softcap,
         far=far,
         workers=workers,

@@ -43,7 +43,8 @@ def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
 @pytest.fixture(autouse=True)
 def two_consumers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short tiles are for test_hopper_short.py."""
-    monkeypatch.setattr(short, "MOST_BLOCKS", dict.fromkeys(short.RESIDENT, 0))
+    for most in ("MOST_BLOCKS", "MOST_BLOCKS_DENSE", "MOST_BLOCKS_RAGGED"):
+        monkeypatch.setattr(short, most, dict.fromkeys(short.RESIDENT, 0))
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -21,7 +21,7 @@ from headfold.problem import Inputs, problem_of
 from tests.cases import NAN
 from tests.hopper_calls import SMALL, SMALL_RAGGED, drawn, drawn_ragged, in_pages, with_features
 from tests.kernels.emulated import attend
-from tests.kernels.test_hopper_emulated import check, check_pages, paged_rows, rand, same
+from tests.kernels.test_hopper_emulated import check, check_pages, each_shuffled, paged_rows, rand, same
 
 DIMS = ((64, 64), (128, 128), (96, 96), (64, 128), (80, 80), (56, 120))
 EVERYTHING = 1 << 20
@@ -29,7 +29,8 @@ EVERYTHING = 1 << 20
 
 @pytest.fixture(autouse=True)
 def always_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(short, "MOST_BLOCKS", dict.fromkeys(short.RESIDENT, EVERYTHING))
+    for most in ("MOST_BLOCKS", "MOST_BLOCKS_DENSE", "MOST_BLOCKS_RAGGED"):
+        monkeypatch.setattr(short, most, dict.fromkeys(short.RESIDENT, EVERYTHING))
 
 
 def plan_of(x: Inputs) -> Plan:
@@ -70,11 +71,28 @@ def test_chunks(chunk: int, right: int) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_drawn_calls(seed: int) -> None:
-    """Dense and ragged, empty sequences among them, with sinks and chunks; left windows where none is drawn."""
+    """Dense and ragged, empty sequences among them, with sinks and chunks; most without a left window get one."""
     for x in (drawn(seed, "cpu", SMALL, DIMS), drawn_ragged(seed, "cpu", SMALL_RAGGED, DIMS[:4])):
-        x = replace(x, mask=None, window_left=(seed * 37) % 300 if x.window_left < 0 else x.window_left)
+        open_left = x.window_left < 0 and (seed % 3 or x.q.dim() == 3)
+        x = replace(x, mask=None, window_left=(seed * 37) % 300 if open_left else x.window_left)
         check_short(x, programs=1 + seed % 3)
         check_short(with_features(x, seed, ("sink", "chunk")[seed % 2 :]), schedules=1)
+
+
+@pytest.mark.parametrize("d", [64, 96])
+@pytest.mark.parametrize("right", [-1, 0, 50])
+def test_sequences_without_a_left_edge(d: int, right: int) -> None:
+    """Dense, and as a ragged batch, a sequence of which is empty."""
+    torch.manual_seed(d)
+    for sq, sk in ((200, 200), (70, 333), (150, 100)):
+        q, k, v = rand(2, sq, 2, d), rand(2, sk, 1, d), rand(2, sk, 1, d)
+        check_short(Inputs(q, k, v, window_right=right))
+        rows, keys = (torch.tensor([0, n - 30, n - 30, 2 * n], dtype=torch.int32) for n in (sq, sk))
+        x = Inputs(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), window_right=right)
+        check_short(
+            replace(x, cu_seqlens_q=rows, cu_seqlens_k=keys, max_seqlen_q=sq + 30, max_seqlen_k=sk + 30),
+            programs=2,
+        )
 
 
 @pytest.mark.parametrize("d", [64, 128])
@@ -145,15 +163,15 @@ PAGED = [
 ]
 
 
-@pytest.mark.parametrize(("d", "dv", "page_size", "sq", "features"), PAGED)
+@pytest.mark.parametrize(("d", "dv", "page_size", "sq", "features", "layout"), each_shuffled(PAGED))
 def test_pages_give_the_bits_of_rows(
-    d: int, dv: int, page_size: int, sq: int | None, features: dict[str, Any]
+    d: int, dv: int, page_size: int, sq: int | None, features: dict[str, Any], layout: str
 ) -> None:
     """All with sinks; NaN past the ends."""
     rows, lengths = paged_rows(d, dv, page_size, sq, **features)
     rows.sink = rand(2)
     assert plan_of(in_pages(rows, lengths, page_size)).block_m == 64
-    check_pages(rows, lengths, page_size)
+    check_pages(rows, lengths, page_size, layout)
 
 
 @pytest.mark.parametrize("page_size", [16, 48, 128])

@@ -304,10 +304,10 @@ def small(sq: int, sk: int, **other: Any) -> Problem:
     [
         (small(4096, 4096), 192),
         (small(2048, 2048), 192),
-        (small(1024, 1024), 128),  # few blocks a tile
+        (small(1280, 1280), 128),  # few blocks a tile
         (small(4096, 4096, window_right=0), 192),
         (small(2048, 2048, window_right=0), 128),
-        (small(8192, 1024), 128),
+        (small(8192, 1280), 128),
         (small(2112, 2112, batch=1), 192),  # 352 tiles in 3 rounds of 132, or 544 in 5
         (small(2048, 2048, batch=1), 128),  # 352 tiles in 3 rounds, or 512 in 4 that hold fewer rows
         (small(8192, 8192, window_left=4096, window_right=0), 128),

@@ -53,6 +53,9 @@ def rows(**other: Any) -> tuple[int, int]:
         {"kv_layout": "paged", "page_size": 64, "lengths_on_device": True},
         {"extras": ("a sink",), "featured": True},
         {"max_seqlen_k": 300, "window_left": 5000},
+        {"window_left": None, "max_seqlen_k": 1024},
+        {"window_left": None, "window_right": None, "max_seqlen_q": 100, "max_seqlen_k": 1024},
+        {"window_left": None, "q_layout": "ragged", "kv_layout": "ragged", "total_k": 2176},
     ],
 )
 def test_tiles_that_see_few_blocks_are_short(other: dict[str, Any]) -> None:
@@ -64,7 +67,15 @@ def test_tiles_that_see_few_blocks_are_short(other: dict[str, Any]) -> None:
     [
         {"window_left": 128 * (MOST_BLOCKS[64] - 1) + 1},
         {"window_right": None},
-        {"window_left": None, "max_seqlen_k": 300},  # no left edge: a program of another kind
+        {"window_left": None, "max_seqlen_k": 1025},
+        {"window_left": None, "max_seqlen_k": 300, "lengths_on_device": True},  # as its pages would be
+        {"window_left": None, "max_seqlen_k": 300, "kv_layout": "paged", "page_size": 64},
+        {
+            "window_left": None,
+            "q_layout": "ragged",
+            "kv_layout": "ragged",
+            "total_k": 2177,
+        },
         {"window_left": None, "attention_chunk": 4096},
         {"softcap": True, "featured": True, "extras": ("a softcap",)},
         {"kv_layout": "paged", "page_size": 8, "lengths_on_device": True},  # copied row by row
