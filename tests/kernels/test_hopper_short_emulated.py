@@ -73,7 +73,8 @@ def test_chunks(chunk: int, right: int) -> None:
 def test_drawn_calls(seed: int) -> None:
     """Dense and ragged, empty sequences among them, with sinks and chunks; most without a left window get one."""
     for x in (drawn(seed, "cpu", SMALL, DIMS), drawn_ragged(seed, "cpu", SMALL_RAGGED, DIMS[:4])):
-        open_left = x.window_left < 0 and (seed % 3 or x.q.dim() == 3)
+        lengths = any(t is not None for t in (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_q, x.seqused_k))
+        open_left = x.window_left < 0 and (seed % 3 or lengths)
         x = replace(x, mask=None, window_left=(seed * 37) % 300 if open_left else x.window_left)
         check_short(x, programs=1 + seed % 3)
         check_short(with_features(x, seed, ("sink", "chunk")[seed % 2 :]), schedules=1)
