@@ -275,7 +275,7 @@ def test_plans_for_named_devices_know_no_table(table: Path) -> None:
 
 def test_plan_for_the_gpu_at_hand_says_that_its_tile_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = tuple(r.entry for r in map(row, pair()) if r.entry is not None)
-    monkeypatch.setattr(shapes, "device_from", lambda name: replace(DEVICES["h200"], tiles=tiles))
+    monkeypatch.setattr(shapes, "device_from", lambda name: replace(DEVICES["a100"], tiles=tiles))
     text = call("plan", "--heads", "32:8", "--batch", "16", "--keys", "8192", "--page-size", "16")
     assert "the tile comes from this machine's own table" in text
     assert "block of 32 keys, 2 warps, 6 stages" in text
@@ -348,14 +348,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
 
 
 def test_tune_measures_shows_and_goes_on(gpu: FakeGpu) -> None:
-    text = call("tune", "--only", "few", "--only", "pages")
-    assert gpu.asked == [(("few", "pages"), False, None)]
-    assert len(gpu.measured) == 6  # few, and rows with pages, at three head dimensions
-    assert "[1/6] few, 16 rows, d64" in text
+    text = call("tune", "--only", "few", "--only", "waves")
+    assert gpu.asked == [(("few", "waves"), False, None)]
+    assert len(gpu.measured) == 6  # both at three head dimensions
+    assert "[2/6] few, 16 rows, d64" in text
     assert f"table: {gpu.path}" in text
     found = tuned_file.read(gpu.path)
     assert found is not None
-    assert len(found.rows) == 9
+    assert len(found.rows) == 6
     call("tune", "--only", "few")
     assert len(gpu.measured) == 6
     call("tune", "--only", "few", "--again")

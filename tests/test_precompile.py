@@ -117,7 +117,7 @@ def test_layers_with_a_window_are_compiled_beside_those_without() -> None:
         plans = {
             window: [
                 backends.plan_of(x)[1]
-                for x in precompile.calls_of(Model(64, 8, 64, 64, torch.bfloat16, window=window))
+                for x in precompile.calls_of(Model(32, 8, 128, 128, torch.bfloat16, window=window))
             ]
             for window in (0, 128)
         }

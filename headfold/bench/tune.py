@@ -180,6 +180,11 @@ def work_here(only: Sequence[str] = (), again: bool = False, output: Path | None
             "there is no home directory to keep the table in; set HEADFOLD_CACHE_DIR or give --output"
         )
     chosen = goals(device, only)
+    for form in only:
+        if not any(form in goal.forms for goal in chosen):
+            raise ValueError(
+                f"--only is {form!r}; nothing on {device.name} runs in tiles of that form: leave it out"
+            )
     table = begin(path, machine, chosen, again)
     return Work(device, where, tuple(g for g in chosen if not table.has(g.keys)), table, path)
 

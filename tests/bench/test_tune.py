@@ -460,6 +460,17 @@ def test_work_here_is_for_the_gpu_at_hand_without_its_old_table(gpu: Path) -> No
     assert {g.forms for g in work_here(only=["few"]).goals} == {("few",)}
 
 
+def test_a_form_that_no_call_of_the_gpu_runs_in_is_refused(
+    gpu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "running_device", lambda where: DEVICES["h200"])
+    with pytest.raises(
+        ValueError, match="--only is 'pages'; nothing on NVIDIA H200 runs in tiles of that form"
+    ):
+        work_here(only=["few", "pages"])
+    assert not list(gpu.iterdir())
+
+
 def test_work_here_without_a_home_asks_for_a_file(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuned_file, "cache_dir", lambda: None)
     with pytest.raises(ValueError, match="HEADFOLD_CACHE_DIR or give --output"):
