@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from headfold import shared_prefix
-from headfold.backends import hopper_pair
+from headfold.backends import descriptors, hopper_pair
 from headfold.backends.launch import Launcher
 from headfold.kernels.hopper.pair import hopper_pair_kernel
 from headfold.planner import DEVICES
@@ -17,6 +18,7 @@ from headfold.planner.pair import PairPlan, plan_pair
 from headfold.problem import Inputs, problem_of
 from tests.cases import NAN, poisoned
 from tests.gluon_emulator import launch
+from tests.kernels.emulated_decode import itself
 
 
 def plan_of(x: Inputs, sizes: tuple[int, ...], sms: int) -> PairPlan:
@@ -67,9 +69,6 @@ def attend(
             variant = {**self._constants, **self._options}
             launch(hopper_pair_kernel, self._grid[0], *seen, seed=seed, **variant)
 
-    before, hopper_pair.Launcher = hopper_pair.Launcher, Emulated  # type: ignore[misc]
-    try:
+    with patch.object(hopper_pair, "Launcher", Emulated), patch.object(descriptors, "Place", itself):
         hopper_pair.prepare(plan, x, out, lse, parts.prefixes, parts.pads, sources)(x, out, lse)
-    finally:
-        hopper_pair.Launcher = before  # type: ignore[misc]
     return out, lse
