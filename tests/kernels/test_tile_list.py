@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from headfold.backends.hopper import list_tiles
 from headfold.planner import DEVICES, Plan
 from headfold.planner.hopper import plan_hopper
+from headfold.planner.tiles import Tile
 from headfold.problem import Inputs, problem_of
 from tests.conftest import KERNELS
 
@@ -23,7 +24,7 @@ def offsets(lengths: list[int]) -> torch.Tensor:
 def listed(x: Inputs) -> tuple[list[int], list[int]]:
     """(tiles before each place of the list and in all, the sequences in their order)."""
     problem = dataclasses.replace(problem_of(x), device_type="cuda")
-    plan = plan_hopper(problem, DEVICES["h200"], triton_rows=2**31)
+    plan = plan_hopper(problem, DEVICES["h200"], 2**31, tile=Tile(128, 128, 12, 2, tma=True))
     assert isinstance(plan, Plan), plan
     found = list_tiles(plan, x)
     assert found is not None
