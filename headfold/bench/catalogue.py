@@ -35,6 +35,9 @@ QWEN_7B = Heads("qwen2.5-7b", 28, 4, 128)  # a group of 7
 MQA = Heads("mqa32", 32, 1, 128)
 MHA = Heads("mha32", 32, 32, 128)
 
+# Short prompts, 16 to 512 tokens.
+PROMPTS_64 = tuple(16 + 167 * i % 497 for i in range(64))
+
 # exp(uniform(log 128, log 32768)) of torch.Generator().manual_seed(0), written out so that no version of
 # PyTorch can change the case.
 RAGGED_64 = (
@@ -251,6 +254,7 @@ def _cuda() -> tuple[Case, ...]:
     prefill += [
         _prefill(LLAMA_8B, 1, 16384, True),
         _ragged_prefill(LLAMA_8B, RAGGED_64, RAGGED_64, "ragged-b64"),
+        *(_ragged_prefill(m, PROMPTS_64, PROMPTS_64, "prompts-b64") for m in (LLAMA_8B, GPT_OSS)),
         *(
             _ragged_prefill(LLAMA_8B, queries, (8192,) * len(queries), what)
             for queries, what in (

@@ -141,6 +141,11 @@ def decodes() -> dict[str, Inputs]:
                 x.q, x.seqused_k = x.q[:batch, :sq], torch.empty(batch, dtype=torch.int32)
                 pages = f"pages of {page_size}" if page_size else "rows"
                 found[f"decode d{d}/{dv} tiles of {rows}, {pages}"] = x
+    for d, sizes in ((64, (0, 16, 64)), (128, (0, 1, 64)), (256, (1, 16))):
+        for page_size in sizes:
+            x = paged(d, d, page_size) if page_size else call(d, d, length=4096)
+            x.q, x.seqused_k = x.q[:, :1], torch.empty(2, dtype=torch.int32)
+            found[f"decode d{d}/{d} few rows, {f'pages of {page_size}' if page_size else 'rows'}"] = x
     return found
 
 
