@@ -10,7 +10,7 @@ from headfold.planner.gpu import plan_gpu
 from headfold.planner.plan import Plan
 from headfold.problem import Problem
 
-__all__ = ["DEVICES", "Device", "Plan", "device_named", "make_plan", "running_device"]
+__all__ = ["DEVICES", "Device", "Plan", "device_named", "make_plan", "plan_to_append", "running_device"]
 
 
 @lru_cache(maxsize=4096)
@@ -19,3 +19,9 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     if problem.is_empty:
         return Plan("cpu" if device.is_cpu else "triton", "none")
     return plan_cpu(problem) if device.is_cpu else plan_gpu(problem, device)
+
+
+@lru_cache(maxsize=4096)
+def plan_to_append(problem: Problem, device: Device) -> Plan:
+    """The plan of a call whose new tokens its own kernel writes, which only the Triton kernel does."""
+    return plan_gpu(problem, device, "")

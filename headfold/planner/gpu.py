@@ -37,8 +37,11 @@ LONGEST_EXTENT = 2048
 UNEVEN = 0.05
 
 
-def plan_gpu(p: Problem, device: Device, given: Tile | None = None) -> Plan:
-    """Decide how `p` runs through the kernels on `device`; `given` is the Gluon decode kernel's tile where that is settled."""
+def plan_gpu(p: Problem, device: Device, given: Tile | str | None = None) -> Plan:
+    """Decide how `p` runs through the kernels on `device`.
+
+    `given` is the Gluon decode kernel's tile where that is settled, "" where the Triton kernel must take the call.
+    """
     fold, fold_reason = choose_fold(p)
     usable = max(1, device.sms - p.sm_margin)
     units = p.num_heads // fold
@@ -51,9 +54,10 @@ def plan_gpu(p: Problem, device: Device, given: Tile | None = None) -> Plan:
     # A sequence whose splits are fixed must not get another tile for what else is in its batch.
     tile_rows = fold if p.tokens_per_split else rows
     form, why = decode_form(p, device, fold, tile_rows)
-    gluon = given or hopper.decode_tile(
-        p, device, tile_rows, streamed=not why and form in ("stream", "pages")
-    )
+    gluon = given
+    if gluon is None:
+        streamed = not why and form in ("stream", "pages")
+        gluon = hopper.decode_tile(p, device, tile_rows, streamed)
     tile = gluon if isinstance(gluon, Tile) else tile_of(p, device, form, tile_rows)
     if gluon and not isinstance(gluon, Tile):
         reasons.append(gluon)
