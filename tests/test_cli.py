@@ -29,7 +29,7 @@ from tests.bench.tiny import TINY, tiny
 from tests.planner.tables import pair, row
 
 __all__ = ["tiny"]
-H200 = Path(__file__).parents[1] / "benchmarks" / "results" / "h200-decode-prefill.json"
+H200 = Path(__file__).parents[1] / "benchmarks" / "results" / "h200.json"
 
 
 def call(*args: str, code: int = 0) -> str:
@@ -292,7 +292,7 @@ def test_tune_without_a_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     [
         (["--only", "prefill"], "--only is 'prefill'; it must be one of wave, waves, few, stream, pages"),
         (["--show", "--output", "/no/such.json"], "--output is '/no/such.json'"),
-        (["--show", "--output", str(H200)], "h200-decode-prefill.json: arch is missing"),
+        (["--show", "--output", str(H200)], "h200.json: arch is missing"),
     ],
 )
 def test_tune_refuses_in_one_line(args: list[str], message: str) -> None:
