@@ -18,7 +18,7 @@ import torch
 from headfold import append, backends, ops, prepared
 from headfold.backends import Runner
 from headfold.planner import Device, Plan, plan_to_append
-from headfold.planner.hopper import TRITON_ROWS
+from headfold.planner.hopper_decode import TRITON_ROWS
 from headfold.planner.tiles import MOST_NEW
 from headfold.problem import Inputs, fail, is_aligned
 

@@ -8,7 +8,7 @@ from typing import Any
 from headfold.backends.descriptors import Descriptors
 from headfold.backends.hopper import SWIZZLED, boxes, by_head, groups, whole
 from headfold.kernels.hopper.decode import COPYING_REGISTERS, REGISTERS, hopper_decode_kernel
-from headfold.planner.hopper import CONSUMER_ROWS
+from headfold.planner.hopper_decode import CONSUMER_ROWS
 from headfold.planner.plan import Plan
 from headfold.problem import Inputs
 

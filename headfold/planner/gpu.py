@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from headfold.planner import hopper
+from headfold.planner import hopper, hopper_decode
 from headfold.planner.device import Device
 from headfold.planner.mixed import beside_sms, short_queries
 from headfold.planner.plan import Plan
@@ -57,7 +57,7 @@ def plan_gpu(p: Problem, device: Device, given: Tile | str | None = None) -> Pla
     gluon = given
     if gluon is None:
         streamed = not why and form in ("stream", "pages")
-        gluon = hopper.decode_tile(p, device, tile_rows, streamed)
+        gluon = hopper_decode.decode_tile(p, device, tile_rows, streamed)
     tile = gluon if isinstance(gluon, Tile) else tile_of(p, device, form, tile_rows)
     if gluon and not isinstance(gluon, Tile):
         reasons.append(gluon)
@@ -91,7 +91,7 @@ def plan_gpu(p: Problem, device: Device, given: Tile | str | None = None) -> Pla
             f"the list of {p.batch} sequences is cut on the device into {ranges[0]} ranges of equal cost, {lanes} programs each"
         )
     plan = _plan(p, device, "decode", tile, fold, splits, reasons, ranges)
-    return hopper.on_hopper(plan, p, tile) if isinstance(gluon, Tile) else plan
+    return hopper_decode.on_hopper(plan, p, tile) if isinstance(gluon, Tile) else plan
 
 
 def with_short_sequences(whole: Plan, p: Problem, device: Device, fold: int) -> Plan:
@@ -101,7 +101,7 @@ def with_short_sequences(whole: Plan, p: Problem, device: Device, fold: int) -> 
         return whole
     part = replace(p, max_seqlen_q=queries, total_q=min(p.total_q, p.batch * queries), lengths_on_device=True)
     mixed = "the average sequence is far shorter than the longest: short ones run apart, as a decode"
-    tile = hopper.beside_tile(part, device) if whole.backend == "hopper" else None
+    tile = hopper_decode.beside_tile(part, device) if whole.backend == "hopper" else None
     sms = beside_sms(device)
     if tile is None or sms + p.sm_margin >= device.sms:
         return replace(
@@ -166,7 +166,7 @@ def tile_of(p: Problem, device: Device, form: Form, rows: int) -> Tile:
 
 def has_own_kernel(device: Device, rows: int) -> bool:
     """Whether the Gluon kernel takes plain calls of so many rows: what is left of them needs no program of its own."""
-    return rows > hopper.TRITON_ROWS and device.arch == (9, 0)
+    return rows > hopper_decode.TRITON_ROWS and device.arch == (9, 0)
 
 
 def decode_form(p: Problem, device: Device, fold: int, rows: int) -> tuple[Form, str]:

@@ -1,8 +1,6 @@
-"""Plans for the Gluon kernels of Hopper GPUs: what they take, their tiles, the prefill's order of work."""
+"""Plans for the Gluon prefill of Hopper GPUs: what it takes, its tiles, its order of work."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from headfold.extras import FAR_CACHE
 from headfold.planner.device import Device
@@ -55,19 +53,6 @@ SECTION_OF_L2 = 1 / 3
 # give 577, 622, 542, 619 at d256 h8, 551, 520, 540, 561 at d128 h16, 429, 433, 428, 437 at d64 h32; b1 16384, d128: 598, 600,
 # 578, 603.
 ALL_AT_ONCE = 16
-
-# Folded rows of one consumer of the decode kernel, and how many consumers share a tile at the most.
-CONSUMER_ROWS = 64
-CONSUMERS = 2
-# Folded rows up to which the Triton decode kernel keeps up with memory, where the lengths are the same.
-TRITON_ROWS = 16
-# Bytes of a box up to which the decode kernel copies rows of few queries instead. On an H200, us, in boxes and copied: 32:8
-# d128 b16 s8192 in pages of 8 133.1 and 128.3, of 16 129.3 and 127.9; 64 ragged sequences 357.1 and 344.2, 345.1 and 344.3;
-# 64:8 d64 b16 in pages of 16 73.1 and 71.1; but b2 s4096 in pages of 16 11.3 and 12.1.
-SMALL_BOX = 4 << 10
-# Bytes of a block of K and V of which two programs of a multiprocessor have three buffers each.
-TWIN_BYTES = 32 << 10
-MOST_STAGES = 6
 
 
 def plan_hopper(
@@ -200,118 +185,6 @@ def tile_rows(p: Problem, device: Device) -> int:
     return tall if rounds(tall) < TALL_SPEED * rounds(short) else short
 
 
-def decode_tile(p: Problem, device: Device, rows: int, streamed: bool = False) -> Tile | str:
-    """The decode kernel's tile for `rows` folded rows a sequence, or the reason why the Triton kernel takes them.
-
-    Empty where there is nothing to say: few rows that are not `streamed`, and other GPUs.
-    """
-    if device.arch != (9, 0) or p.device_type == "cpu":
-        return ""
-    few = rows <= TRITON_ROWS
-    if few and not streamed:
-        return ""
-    keys = decode_keys(p)
-    # Two consumers of wide heads spill, and shared memory holds two stages for them.
-    consumers = 1 if keys < 128 else min(CONSUMERS, -(-rows // CONSUMER_ROWS))
-    reason = decode_refusal(p, copies=consumers == 1)
-    if few and (reason or p.featured):
-        return ""
-    if reason:
-        return f"the Triton kernel, not the Gluon one, {reason}"
-    return twin_tile(p, device) if few else decode_tile_of(p, device, consumers, keys)
-
-
-def beside_tile(p: Problem, device: Device) -> Tile | None:
-    """The tile of a decode of few rows that has its multiprocessors to itself, beside a prefill on the others.
-
-    None where this kernel does not take it.
-    """
-    if p.featured or decode_refusal(p, copies=True):
-        return None
-    return decode_tile_of(p, device, 1, decode_keys(p))
-
-
-def decode_refusal(p: Problem, copies: bool = False) -> str:
-    """Why the decode kernel cannot run `p`, as the end of a sentence; empty when it can.
-
-    `copies`: one consumer can take keys that are copied row by row.
-    """
-    reason = refusal(p, decode_columns(p), tuple(word for word in p.extras if word != FAR_CACHE))
-    if not reason and p.tensor_mask:
-        reason = "whose decode has no masks"
-    if not reason and p.kv_layout == "paged" and page_rows(p, decode_keys(p)) < FEWEST_PAGE_ROWS:
-        if not copies:
-            reason = no_boxes(p)
-        elif FAR_CACHE in p.extras:
-            reason = "which copies no rows from more than 32 GiB"
-    if not reason and p.tokens_per_split:
-        reason = "which has no fixed splits"
-    return reason
-
-
-def twin_tile(p: Problem, device: Device, copies: bool = True) -> Tile:
-    """One consumer's tile in blocks small enough for two programs a multiprocessor, where heads are not too wide for that.
-
-    What waits in one program, for its queries or for the ends of a tile, the other one fills. Without `copies` all pages
-    come in boxes.
-    """
-    d, dv = decode_columns(p)
-    keys = next((n for n in (128, 64) if n * (d + dv) * p.dtype.itemsize <= TWIN_BYTES), 0)
-    box = (
-        page_rows(p, keys or decode_keys(p)) * p.head_dim * p.dtype.itemsize if p.kv_layout == "paged" else 0
-    )
-    copies = copies and 0 < box <= SMALL_BOX and FAR_CACHE not in p.extras
-    return decode_tile_of(p, device, 1, keys or decode_keys(p), resident=2 if keys else 1, boxes=not copies)
-
-
-def decode_tile_of(
-    p: Problem, device: Device, consumers: int, keys: int, resident: int = 1, boxes: bool = True
-) -> Tile:
-    """A tile of the decode kernel, with as many stages as shared memory has room for beside its other programs.
-
-    Rows are copied where they do not come in `boxes`, and where pages are too small for them.
-    """
-    tile = Tile(CONSUMER_ROWS * consumers, keys, 4 * (consumers + 1), 1, tma=boxes, resident=resident)
-    stages = MOST_STAGES
-    while decode_memory(p, tile, stages) > device.smem // resident:
-        stages -= 1
-    return replace(tile, stages=stages)
-
-
-def decode_memory(p: Problem, tile: Tile, stages: int) -> int:
-    """Bytes of shared memory that the decode kernel needs, an upper bound."""
-    d, dv = decode_columns(p)
-    places = 8 * tile.keys if decode_box(p, tile) == 1 else 0  # where rows of K and of V begin
-    return (tile.rows * d + stages * tile.keys * (d + dv)) * p.dtype.itemsize + places + 1024
-
-
-def decode_box(p: Problem, tile: Tile) -> int:
-    """Keys of a box of a paged cache; 1 where rows are copied, 0 without pages."""
-    if p.kv_layout != "paged":
-        return 0
-    rows = page_rows(p, tile.keys)
-    return rows if tile.tma and rows >= FEWEST_PAGE_ROWS else 1
-
-
-def on_hopper(plan: Plan, p: Problem, tile: Tile) -> Plan:
-    """A decode's plan for the Triton kernel, as the Gluon one runs it in `tile`."""
-    d, dv = decode_columns(p)
-    box = decode_box(p, tile)
-    consumers = tile.rows // CONSUMER_ROWS
-    what = "a warpgroup computes" if consumers == 1 else f"{consumers} warpgroups compute"
-    fetches = "four warps copy" if box == 1 else "a warp fetches through the copy engine"
-    reasons = [*plan.reasons, f"{what} while {fetches} (Gluon, docs/hopper.md)", *pages_reason(p, box)]
-    return replace(
-        plan,
-        backend="hopper",
-        d_parts=(d, 0),
-        dv_parts=(dv, 0),
-        page_rows=box,
-        shared_memory=decode_memory(p, tile, tile.stages),
-        reasons=tuple(reasons),
-    )
-
-
 def left_edge(p: Problem) -> bool:
     """Whether the prefill's program is the one whose rows need not see a sequence's first keys.
 
@@ -360,16 +233,6 @@ def block_keys(p: Problem) -> int:
         return 128
     # Of 192/128 shared memory holds blocks of 128 keys too, but with a left edge their loops over pages spill.
     return 128 if d <= 192 and dv <= 128 and not p.tensor_mask and not left_edge(p) else 64
-
-
-def decode_columns(p: Problem) -> tuple[int, int]:
-    """Columns of the decode kernel's tiles, of queries and keys and of values; 0 where it has none for them."""
-    return padded_dim(p.head_dim), padded_dim(p.head_dim_v)
-
-
-def decode_keys(p: Problem) -> int:
-    """Keys of a block of the decode kernel."""
-    return 128 if max(decode_columns(p)) <= 128 else 64
 
 
 def value_stages(p: Problem, tile: Tile) -> int:

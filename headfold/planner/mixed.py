@@ -14,8 +14,8 @@ SKEW = 4
 WORTH_BYTES = 64 << 20
 # The share of the multiprocessors that decodes have beside a prefill: about as many as saturate memory. On an H200 8 chunks of
 # 512 and 120 decodes, all on 8192 keys of 32:8 d128, take 1700 us one after the other; side by side with 0.35, 0.42, 0.48,
-# 0.55, 0.62, 0.7 of the multiprocessors 2307, 1971, 1749, 1541, 1533, 1547. Each of both parts draws all the power that the
-# card may take: that they do not take 960 is its limit.
+# 0.55, 0.62, 0.7 of the multiprocessors 2307, 1971, 1749, 1541, 1533, 1547. Alone the parts take 772 and 885: what keeps both
+# together from less than 1500 was not measured; the power that the card may draw is likely.
 BESIDE = 0.62
 
 

@@ -7,13 +7,8 @@ from dataclasses import dataclass
 
 from headfold.planner.device import Device
 from headfold.planner.gpu import GAP, choose_fold
-from headfold.planner.hopper import (
-    decode_columns,
-    decode_memory,
-    decode_refusal,
-    page_rows,
-    twin_tile,
-)
+from headfold.planner.hopper import page_rows
+from headfold.planner.hopper_decode import decode_columns, decode_memory, decode_refusal, twin_tile
 from headfold.planner.plan import Plan
 from headfold.problem import Problem
 

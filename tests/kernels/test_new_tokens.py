@@ -16,7 +16,7 @@ from headfold.backends import append as append_launcher
 from headfold.backends import besides
 from headfold.backends import triton as launcher
 from headfold.kernels.parts.new_tokens import cache_rows
-from headfold.planner import DEVICES, hopper, make_plan
+from headfold.planner import DEVICES, hopper_decode, make_plan
 from headfold.values import value_checks_enabled
 from tests.cases import NAN
 from tests.conftest import HAS_GPU, Target
@@ -115,7 +115,7 @@ def in_two_launches(
     """By the same kernel: the Gluon one, which appends nothing, has other bits."""
     with monkeypatch.context() as m:
         m.setattr(appending, "takes_new_tokens", lambda plan, device: False)
-        m.setattr(hopper, "decode_tile", lambda *problem, **how: "")
+        m.setattr(hopper_decode, "decode_tile", lambda *problem, **how: "")
         prepared._kept.clear()
         make_plan.cache_clear()
         results = run(x, caches)

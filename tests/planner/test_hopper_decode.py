@@ -11,7 +11,7 @@ import torch
 from headfold.extras import FAR_CACHE
 from headfold.kernels.hopper import spans
 from headfold.kernels.hopper.layouts import GROUP_ROWS
-from headfold.planner import DEVICES, hopper, make_plan
+from headfold.planner import DEVICES, hopper, hopper_decode, make_plan
 from headfold.problem import Problem
 from tests.planner.problems import problem
 
@@ -146,4 +146,4 @@ def test_as_many_stages_as_shared_memory_holds(d: int, dv: int, keys: int, stage
 
 
 def test_planner_and_kernel_agree_on_a_consumers_rows() -> None:
-    assert GROUP_ROWS.value == hopper.CONSUMER_ROWS
+    assert GROUP_ROWS.value == hopper_decode.CONSUMER_ROWS
