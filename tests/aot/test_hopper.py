@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 from headfold.planner import DEVICES
-from tests.aot.conftest import ROOT
+from tests.aot.conftest import COMPILING, ROOT
 
 STACK = 56  # bytes that a thread puts aside for its tile loop
 # A pair's programs keep in registers what others read from their arguments: which of two it is is known at run time.
@@ -35,7 +34,7 @@ def report() -> Report:
     done = subprocess.run(
         [sys.executable, "-m", "tests.aot.compile_hopper"],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "0"},
+        env=COMPILING,
         capture_output=True,
         text=True,
     )
