@@ -103,7 +103,7 @@ def with_short_sequences(whole: Plan, p: Problem, device: Device, fold: int) -> 
     mixed = "the average sequence is far shorter than the longest: short ones run apart, as a decode"
     tile = hopper_decode.beside_tile(part, device) if whole.backend == "hopper" else None
     sms = beside_sms(device)
-    if tile is None or sms + p.sm_margin >= device.sms:
+    if tile is None or p.sm_margin:  # both together would take those that are left to others
         return replace(
             whole, short=plan_gpu(part, device), short_queries=queries, reasons=(*whole.reasons, mixed)
         )

@@ -47,7 +47,7 @@ def test_both_run_at_the_same_time_where_the_gluon_kernels_take_them() -> None:
     assert (both.workers, both.short.resident) == (H200.sms, 1)
     assert both.short.ranges * both.short.lanes <= beside_sms(H200) < H200.sms
     assert both.short.shared_memory + both.shared_memory > H200.smem
-    for change in ({"featured": True, "extras": ("a sink",)}, {"sm_margin": 60}):
+    for change in ({"featured": True, "extras": ("a sink",)}, {"sm_margin": 1}):
         one_by_one = plan(**change)
         assert one_by_one.short is not None
         assert not one_by_one.beside
