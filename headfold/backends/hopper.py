@@ -87,13 +87,9 @@ def launch_arguments(
     """
     rows, keys = GROUP_ROWS, plan.block_n
     consumers = plan.block_m // rows
-    # Boxes of pages go into shared memory one by one: they are as wide as what lies there in one piece.
-    # So are those of head dimensions in two parts.
-    rows_of_box = plan.page_rows or keys
-    copied = plan.page_rows == 1  # row by row, which takes no boxes
+    copied = plan.page_rows == 1
     d, dv = sum(plan.d_parts), sum(plan.dv_parts)
     piece = SWIZZLED // x.q.element_size()
-    width, width_v = (piece if rest else first for first, rest in (plan.d_parts, plan.dv_parts))
     q, k, v = (by_head(t) for t in (x.q, x.k, x.v))
     mask, mask_steps = None, (0, 0)
     if x.mask is not None:
@@ -111,16 +107,9 @@ def launch_arguments(
     scale, cap_factor = max(x.scale, NO_SCALE), 0.0
     if plan.softcap:
         scale, cap_factor = 2 * x.softcap, 2 * math.log2(math.e) * x.scale / x.softcap
-    grouped = plan.page_rows > 1 and whole(k, piece) and whole(v, piece)
-    if grouped:
-        k_boxes, v_boxes = (groups(t, rows_of_box, piece) for t in (k, v))
-    else:
-        k_boxes, v_boxes = (
-            None if copied else boxes(t, rows_of_box, piece if plan.page_rows else one)
-            for t, one in ((k, width), (v, width_v))
-        )
+    k_boxes, v_boxes, *page_groups = cache_boxes(plan, k, v)
     arguments = (
-        boxes(q, rows, width),
+        boxes(q, rows, _width(plan.d_parts, piece)),
         k_boxes,
         v_boxes,
         mask,
@@ -150,7 +139,7 @@ def launch_arguments(
         0 if x.page_table is None else x.page_table.stride(0),
         k.shape[2],
         keys // (plan.page_rows or keys),
-        *(t.stride(0) // (8 * t.stride(2)) if grouped else 0 for t in (k, v)),
+        *page_groups,
         *((x.k, x.v) if copied else (None, None)),
         *(t.stride(i) // 8 for t in (k, v) for i in (0, 2, 1)),
         tile_list,
@@ -170,7 +159,7 @@ def launch_arguments(
         "SOFTCAP": plan.softcap,
         "PAGE_ROWS": plan.page_rows,
         "FAR": plan.far,
-        "GROUPED": grouped,
+        "GROUPED": any(page_groups),
         "GROUPS": consumers,
         "num_warps": 4,
         "maxnreg": MAX_REGISTERS[consumers, plan.resident],
@@ -217,6 +206,33 @@ def boxes(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     strides[3] = 1
     layout = shared_layout(rows, columns, t.element_size() * 8, 4)
     return TensorDescriptor(t, list(t.shape), strides, [1, 1, rows, columns], layout)
+
+
+def cache_boxes(
+    plan: Plan, k: torch.Tensor, v: torch.Tensor
+) -> tuple[TensorDescriptor | None, TensorDescriptor | None, int, int]:
+    """How K and V (batch or pages, heads, rows, columns) are fetched.
+
+    (boxes of K, of V, None where rows are copied one by one; groups of 8 rows from one page of K and of V to the next where
+    boxes bring whole rows, else 0.)
+    """
+    if plan.page_rows == 1:
+        return None, None, 0, 0
+    rows, piece = plan.page_rows or plan.block_n, SWIZZLED // k.element_size()
+    if plan.page_rows and whole(k, piece) and whole(v, piece):
+        k_groups, v_groups = (t.stride(0) // (8 * t.stride(2)) for t in (k, v))
+        return groups(k, rows, piece), groups(v, rows, piece), k_groups, v_groups
+    # Boxes of pages go into shared memory one by one: they are as wide as what lies there in one piece.
+    k_width, v_width = (
+        piece if plan.page_rows else _width(one, piece) for one in (plan.d_parts, plan.dv_parts)
+    )
+    return boxes(k, rows, k_width), boxes(v, rows, v_width), 0, 0
+
+
+def _width(columns: tuple[int, int], piece: int) -> int:
+    """Columns of a box of rows that are no pages': all where they lie in one part, else those of a swizzled row."""
+    first, rest = columns
+    return piece if rest else first
 
 
 def whole(t: torch.Tensor, piece: int) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from headfold.backends.descriptors import Descriptors
-from headfold.backends.hopper import SWIZZLED, boxes, by_head, groups, whole
+from headfold.backends.hopper import by_head, cache_boxes
 from headfold.kernels.hopper.decode import COPYING_REGISTERS, REGISTERS, hopper_decode_kernel
 from headfold.planner.hopper_decode import CONSUMER_ROWS
 from headfold.planner.plan import Plan
@@ -32,20 +32,12 @@ def program(
     }
     # num_warps are those of the first partition.
     options = {"num_warps": 4, "maxnreg": at_start, "enable_fp_fusion": True}
-    rows = plan.page_rows or plan.block_n
-    piece = SWIZZLED // x.k.element_size()
-    k, v = by_head(x.k), by_head(x.v)
-    grouped = plan.page_rows > 1 and whole(k, piece) and whole(v, piece)
-    variant["GROUPED"] = grouped
-    if plan.page_rows == 1:  # copied row by row, which takes no boxes
+    k_boxes, v_boxes, *page_groups = cache_boxes(plan, by_head(x.k), by_head(x.v))
+    variant["GROUPED"] = any(page_groups)
+    if k_boxes is None or v_boxes is None:  # rows are copied
         return kernel, _no_boxes, variant, options
-    if grouped:
-        described = groups(k, rows, piece), groups(v, rows, piece)
-    else:
-        widths = (piece, piece) if plan.page_rows else (plan.d_parts[0], plan.dv_parts[0])
-        described = boxes(k, rows, widths[0]), boxes(v, rows, widths[1])
-    at_k, at_v = (Descriptors(one) for one in described)
-    numbers = (plan.block_n // rows, *(t.stride(0) // (8 * t.stride(2)) if grouped else 0 for t in (k, v)))
+    at_k, at_v = Descriptors(k_boxes), Descriptors(v_boxes)
+    numbers = (plan.block_n // (plan.page_rows or plan.block_n), *page_groups)
 
     def first(x: Inputs) -> tuple[Any, ...]:
         return at_k(x.k), at_v(x.v), *numbers

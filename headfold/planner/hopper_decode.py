@@ -81,12 +81,11 @@ def twin_tile(p: Problem, device: Device, copies: bool = True) -> Tile:
     come in boxes.
     """
     d, dv = decode_columns(p)
-    keys = next((n for n in (128, 64) if n * (d + dv) * p.dtype.itemsize <= TWIN_BYTES), 0)
-    box = (
-        page_rows(p, keys or decode_keys(p)) * p.head_dim * p.dtype.itemsize if p.kv_layout == "paged" else 0
-    )
-    copies = copies and 0 < box <= SMALL_BOX and FAR_CACHE not in p.extras
-    return decode_tile_of(p, device, 1, keys or decode_keys(p), resident=2 if keys else 1, boxes=not copies)
+    fitting = [n for n in (128, 64) if n * (d + dv) * p.dtype.itemsize <= TWIN_BYTES]
+    keys, resident = (fitting[0], 2) if fitting else (decode_keys(p), 1)
+    small = p.kv_layout == "paged" and page_rows(p, keys) * p.head_dim * p.dtype.itemsize <= SMALL_BOX
+    copied = copies and small and FAR_CACHE not in p.extras
+    return decode_tile_of(p, device, 1, keys, resident, boxes=not copied)
 
 
 def decode_tile_of(

@@ -4,48 +4,18 @@ import triton.language as tl
 
 from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load
 from headfold.kernels.hopper.decode_schedule import share
-from headfold.kernels.hopper.layouts import is_grouped
-from headfold.kernels.hopper.pages import fetch_groups, fetch_pages, look_up, look_up_groups
+from headfold.kernels.hopper.pages import fetch_block, look_up_block
 
 
 @gluon.jit
-def fetch(
-    desc,
-    where,
-    found,
-    head,
-    pages,
-    per_page,
-    bar,
-    buffers,
-    stage,
-    BLOCK_N: gl.constexpr,
-    PAGE_ROWS: gl.constexpr,
-):
-    """Fetch a block into buffer `stage`: of the rows `where` (batch entry, row) names, or of the pages `found`.
-
-    Where boxes bring whole rows, a page begins `per_page` groups of 8 rows behind the one before it.
-    """
-    SHAPE: gl.constexpr = buffers.type.shape
-    COLUMNS: gl.constexpr = SHAPE[2] * SHAPE[4]  # of rows in groups of 8 in pieces; of others in one
-    mbarrier.expect(bar, BLOCK_N * COLUMNS * (desc.dtype.primitive_bitwidth // 8))
-    if is_grouped(SHAPE):
-        fetch_groups(desc, found, per_page, head, pages[3], bar, (buffers,), stage, BLOCK_N)
-    elif PAGE_ROWS > 0:
-        fetch_pages(desc, found, head, pages[2], pages[3], bar, (buffers,), stage, BLOCK_N, COLUMNS)
-    else:
-        tma_load(desc, [where[0], head, where[1], 0], bar, buffers.index(stage))
-
-
-@gluon.jit
-def look_up_block(
-    pages, seq, key, end, BLOCK_N: gl.constexpr, PAGE_ROWS: gl.constexpr, GROUPED: gl.constexpr
-):
-    """What `fetch` needs to know of the pages of the block from `key` on."""
-    if GROUPED:
-        return look_up_groups(pages, seq, key, end, BLOCK_N, PAGE_ROWS)
-    else:
-        return look_up(pages, seq, key, end, BLOCK_N, PAGE_ROWS)
+def fetch_rows(source, where, head, count, BLOCK_N: gl.constexpr):
+    """Fetch block number `count` of K or of V, when its buffer is free: the rows that `where` (batch entry, row) names."""
+    desc, buffers, full, free, _ = source
+    SHAPE: gl.constexpr = buffers[0].type.shape
+    stage = count % SHAPE[0]
+    mbarrier.wait(free.index(stage), ((count // SHAPE[0]) & 1) ^ 1)
+    mbarrier.expect(full.index(stage), BLOCK_N * SHAPE[4] * (desc.dtype.primitive_bitwidth // 8))
+    tma_load(desc, [where[0], head, where[1], 0], full.index(stage), buffers[0].index(stage))
 
 
 @gluon.jit
@@ -53,9 +23,10 @@ def produce(
     common,
     begins,
     work,
+    TILE_D: gl.constexpr,
+    TILE_DV: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
     EARLY: gl.constexpr,
     PAIRED: gl.constexpr,
@@ -64,8 +35,9 @@ def produce(
     if EARLY:
         tl.extra.cuda.gdc_wait()
     k_desc, v_desc, k_buffers, v_buffers, bars, pages, per_page, ragged, kv_head, sources = common
-    GROUPED: gl.constexpr = is_grouped(k_buffers.type.shape)
     k_full, k_free, v_full, v_free = bars
+    k_source = (k_desc, (k_buffers,), k_full, k_free, per_page[0])
+    v_source = (v_desc, (v_buffers,), v_full, v_free, per_page[1])
     x, x_end, item, start, gap = begins
     count = 0  # blocks fetched so far: their stage and the phase of its barriers
     while x < x_end:
@@ -78,28 +50,22 @@ def produce(
             padding, padded_end = span[3], span[3] + span[7]
             if PAGE_ROWS > 0:
                 following = look_up_block(
-                    pages, seq, padding + low + begin * BLOCK_N, padded_end, BLOCK_N, PAGE_ROWS, GROUPED
+                    k_source, pages, seq, padding + low + begin * BLOCK_N, padded_end, PAGE_ROWS
                 )
             for i in range(begin, end):
                 key = low + i * BLOCK_N
-                found = following
-                stage = count % STAGES
-                phase = ((count // STAGES) & 1) ^ 1
-                where = (entry, span[2] + key)
-                if PAGE_ROWS > 0:  # a block ahead: the answer takes half as long as a block
+                if PAGE_ROWS > 0:
+                    found = following
+                    # A block ahead: the answer takes half as long as a block.
                     following = look_up_block(
-                        pages, seq, padding + key + BLOCK_N, padded_end, BLOCK_N, PAGE_ROWS, GROUPED
+                        k_source, pages, seq, padding + key + BLOCK_N, padded_end, PAGE_ROWS
                     )
-                mbarrier.wait(k_free.index(stage), phase)
-                fetch(
-                    k_desc, where, found, kv_head, pages, per_page[0], k_full.index(stage), k_buffers, stage,
-                    BLOCK_N, PAGE_ROWS,
-                )  # fmt: skip
-                mbarrier.wait(v_free.index(stage), phase)
-                fetch(
-                    v_desc, where, found, kv_head, pages, per_page[1], v_full.index(stage), v_buffers, stage,
-                    BLOCK_N, PAGE_ROWS,
-                )  # fmt: skip
+                    fetch_block(k_source, found, pages, kv_head, count, TILE_D)
+                    fetch_block(v_source, found, pages, kv_head, count, TILE_DV)
+                else:
+                    where = (entry, span[2] + key)
+                    fetch_rows(k_source, where, kv_head, count, BLOCK_N)
+                    fetch_rows(v_source, where, kv_head, count, BLOCK_N)
                 count += 1
         x = next_start
         start = next_start

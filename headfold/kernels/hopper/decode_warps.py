@@ -101,7 +101,10 @@ def run_warps(
                         PAIRED,
                     ),
                 ),
-                (produce, (fetches, begins, work, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS, EARLY, PAIRED)),
+                (
+                    produce,
+                    (fetches, begins, work, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, PAGE_ROWS, EARLY, PAIRED),
+                ),
             ],
             [1],
             [FETCH_REGISTERS],
@@ -145,7 +148,10 @@ def run_warps(
                         PAIRED,
                     ),
                 ),
-                (produce, (fetches, begins, work, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS, EARLY, PAIRED)),
+                (
+                    produce,
+                    (fetches, begins, work, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, PAGE_ROWS, EARLY, PAIRED),
+                ),
             ],
             [4, 1],
             [232, FETCH_REGISTERS],

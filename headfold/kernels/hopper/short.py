@@ -19,7 +19,16 @@ from headfold.kernels.hopper.products import (
 )
 from headfold.kernels.hopper.results import leave_ragged, load_sink, offset, send, write_lse
 from headfold.kernels.hopper.schedule import receive
-from headfold.kernels.hopper.spans import CHUNKS, blocks_of, row_bounds, row_keys, seen_end
+from headfold.kernels.hopper.spans import (
+    CHUNKS,
+    blocks_of,
+    by_column,
+    keep,
+    row_bounds,
+    row_keys,
+    rows_of_columns,
+    seen_end,
+)
 from headfold.kernels.parts.spans import OPEN
 
 
@@ -67,22 +76,14 @@ def hide_side(scores, bound, key, BEFORE: gl.constexpr):
 
     A block of a short tile is seldom masked on both sides, and a side takes half of `hide`'s 140 instructions.
     """
-    ROWS: gl.constexpr = scores.shape[0]
-    COLUMNS: gl.constexpr = scores.shape[1]
-    view = scores.reshape([ROWS, COLUMNS // 8, 4, 2])
-    layout: gl.constexpr = view.type.layout
-    of_rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
-    eight = gl.arange(0, COLUMNS // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout)))) * 8
-    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout)))) * 2
-    pair = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))
-    column = lane[None, None, :, None] + pair[None, None, None, :]
-    edge = (gl.convert_layout(bound, of_rows) - key)[:, None, None, None] - column
+    view, eight, column = by_column(scores)
+    edge = gl.convert_layout(bound, rows_of_columns(view.type.layout)) - key
+    edge = edge[:, None, None, None] - column
     if BEFORE:
-        seen = eight[None, :, None, None] >= edge
+        seen = eight >= edge
     else:
-        seen = eight[None, :, None, None] < edge
-    view = gl.where(seen, view, float("-inf"))
-    return gl.convert_layout(view.reshape([ROWS, COLUMNS]), scores.type.layout, assert_trivial=True)
+        seen = eight < edge
+    return keep(scores, view, seen)
 
 
 @gluon.jit

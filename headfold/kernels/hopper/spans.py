@@ -141,34 +141,54 @@ def row_bounds(first, shift, window, sk, BLOCK_N: gl.constexpr, LEFT: gl.constex
         return first + shift, window[1], sk
 
 
-@gluon.jit
-def hide(scores, bounds, key, LEFT: gl.constexpr):
-    """`scores` of the block from `key` on, -inf where a row does not see the key. `bounds` are `row_bounds`.
+@gluon.constexpr_function
+def rows_of_columns(layout):
+    """The layout of what `by_column` sees has for its rows alone."""
+    return gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
 
-    A thread's columns are 8 i + 2 lane + j. Seen with a dimension for each, i is a constant that a comparison takes as
-    it is; column numbers would take 32 registers. Without LEFT the left side is open.
+
+@gluon.jit
+def by_column(scores):
+    """(`scores` with a dimension each for i, lane and j of their columns 8 i + 2 lane + j, the numbers 8 i, 2 lane + j).
+
+    Such are a thread's columns: i is a constant that a comparison takes as it is; column numbers would take 32 registers.
     """
     ROWS: gl.constexpr = scores.shape[0]
     COLUMNS: gl.constexpr = scores.shape[1]
     view = scores.reshape([ROWS, COLUMNS // 8, 4, 2])
     layout: gl.constexpr = view.type.layout
-    of_rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
     eight = gl.arange(0, COLUMNS // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout)))) * 8
     lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout)))) * 2
     pair = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))
-    column = lane[None, None, :, None] + pair[None, None, None, :]
+    return view, eight[None, :, None, None], lane[None, None, :, None] + pair[None, None, None, :]
+
+
+@gluon.jit
+def keep(scores, view, seen):
+    """What `by_column` sees of `scores`, as scores: -inf where not `seen`."""
+    view = gl.where(seen, view, float("-inf"))
+    return gl.convert_layout(view.reshape(scores.shape), scores.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def hide(scores, bounds, key, LEFT: gl.constexpr):
+    """`scores` of the block from `key` on, -inf where a row does not see the key. `bounds` are `row_bounds`.
+
+    Without LEFT the left side is open.
+    """
+    view, eight, column = by_column(scores)
+    of_rows: gl.constexpr = rows_of_columns(view.type.layout)
     if LEFT:
         low = gl.convert_layout(bounds[0], of_rows) - key
         high = gl.convert_layout(bounds[1], of_rows) - key
-        seen = eight[None, :, None, None] < high[:, None, None, None] - column
-        seen = seen & (eight[None, :, None, None] >= low[:, None, None, None] - column)
+        seen = eight < high[:, None, None, None] - column
+        seen = seen & (eight >= low[:, None, None, None] - column)
     else:
         first, right, sk = bounds
-        row = gl.arange(0, ROWS, of_rows)
+        row = gl.arange(0, scores.shape[0], of_rows)
         high = gl.minimum(row + (first + right + 1 - key), sk - key)
-        seen = eight[None, :, None, None] < high[:, None, None, None] - column
-    view = gl.where(seen, view, float("-inf"))
-    return gl.convert_layout(view.reshape([ROWS, COLUMNS]), scores.type.layout, assert_trivial=True)
+        seen = eight < high[:, None, None, None] - column
+    return keep(scores, view, seen)
 
 
 @gluon.jit
