@@ -29,7 +29,7 @@ _compiled = TemporaryDirectory(prefix="headfold-inductor-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
 from headfold import backends  # noqa: E402
-from headfold.planner import DEVICES, Device  # noqa: E402
+from headfold.planner import DEVICES, Device, make_plan, mixed  # noqa: E402
 from tests import interpreter  # noqa: E402
 
 if not HAS_GPU and find_spec("triton"):
@@ -101,3 +101,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def small_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Batches of any size are worth the launches that part them."""
+    monkeypatch.setattr(mixed, "WORTH_BYTES", 0)
+    make_plan.cache_clear()
+    yield
+    make_plan.cache_clear()

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 
+from headfold.planner import short
 from headfold.planner.hopper import padded_dim
 from headfold.problem import Inputs
 from tests.cases import NAN
@@ -179,6 +181,12 @@ def with_features(x: Inputs, seed: int, features: Sequence[str] = ()) -> Inputs:
 
 
 LAYOUTS = ("apart", "halves", "heads first")
+
+
+def short_tiles_up_to(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short tiles where a tile of two consumers sees up to so many blocks: 0 for nowhere."""
+    for most in ("MOST_BLOCKS", "MOST_BLOCKS_DENSE", "MOST_BLOCKS_RAGGED"):
+        monkeypatch.setattr(short, most, dict.fromkeys(short.RESIDENT, blocks))
 
 
 def in_pages(

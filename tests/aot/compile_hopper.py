@@ -48,9 +48,8 @@ def variants() -> dict[str, Inputs]:
     """name -> a call that compiles to it. Lengths, windows, ratios and strides make no variants."""
     found = {}
     for d, dv in DIMS:
-        found[f"d{d}/{dv} dense"] = call(
-            d, dv, length=1536
-        )  # more than short tiles take, less than tall ones
+        # Longer than short tiles take, shorter than tall ones.
+        found[f"d{d}/{dv} dense"] = call(d, dv, length=1536)
         found[f"d{d}/{dv} ragged"] = ragged = call(d, dv)
         ragged.seqused_k = torch.empty(2, dtype=torch.int32)
     found["d128/128 float16 dense"] = call(128, 128, torch.float16)

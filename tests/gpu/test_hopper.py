@@ -10,17 +10,18 @@ import torch
 
 import headfold
 from headfold import backends
-from headfold.planner import Plan, running_device, short
+from headfold.planner import Plan, running_device
 from headfold.planner import hopper as planner
 from headfold.planner.hopper import plan_hopper
 from headfold.problem import Inputs
-from tests.cases import NAN, assert_accurate
+from tests.cases import NAN, assert_accurate, poisoned
 from tests.hopper_calls import (
     LAYOUTS,
     PARTED_DIMS,
     drawn,
     drawn_ragged,
     in_pages,
+    short_tiles_up_to,
     with_features,
 )
 
@@ -43,21 +44,21 @@ def run(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
 @pytest.fixture(autouse=True)
 def two_consumers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short tiles are for test_hopper_short.py."""
-    for most in ("MOST_BLOCKS", "MOST_BLOCKS_DENSE", "MOST_BLOCKS_RAGGED"):
-        monkeypatch.setattr(short, most, dict.fromkeys(short.RESIDENT, 0))
+    short_tiles_up_to(0, monkeypatch)
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=dtype)
 
 
-def attend(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run checked inputs into poisoned results on the kernel under test, whatever the planner would prefer."""
-    out = torch.full(x.out_shape, NAN, dtype=x.q.dtype, device=x.q.device)
-    lse = torch.full(x.lse_shape, NAN, device=x.q.device)
+def attend(x: Inputs, height: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run checked inputs into poisoned results on the kernel under test, whatever the planner would prefer, in tiles of
+    `height` rows where that is said."""
+    out, lse = poisoned(x)
     problem, _ = backends.plan_of(x, out)
     plan = plan_hopper(problem, running_device(x.q.device), triton_rows=2**31)
     assert isinstance(plan, Plan), plan
+    assert height in (None, plan.block_m)
     run(plan, x, out, lse)
     return out, lse
 

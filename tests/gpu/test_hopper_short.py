@@ -9,13 +9,19 @@ import pytest
 import torch
 
 import headfold
-from headfold import backends
-from headfold.planner import Plan, running_device, short
-from headfold.planner.hopper import plan_hopper
+from headfold.planner import short
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
-from tests.gpu.test_hopper import paged_rows, rand, run
-from tests.hopper_calls import LAYOUTS, drawn, drawn_ragged, in_pages, with_features
+from tests.gpu.test_hopper import attend as attend_in_tiles
+from tests.gpu.test_hopper import paged_rows, rand
+from tests.hopper_calls import (
+    LAYOUTS,
+    drawn,
+    drawn_ragged,
+    in_pages,
+    short_tiles_up_to,
+    with_features,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,20 +37,12 @@ EVERYTHING = 1 << 20
 
 @pytest.fixture(autouse=True)
 def always_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for most in ("MOST_BLOCKS", "MOST_BLOCKS_DENSE", "MOST_BLOCKS_RAGGED"):
-        monkeypatch.setattr(short, most, dict.fromkeys(short.RESIDENT, EVERYTHING))
+    short_tiles_up_to(EVERYTHING, monkeypatch)
 
 
 def attend(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Run checked inputs into poisoned results in short tiles."""
-    out = torch.full(x.out_shape, NAN, dtype=x.q.dtype, device=x.q.device)
-    lse = torch.full(x.lse_shape, NAN, device=x.q.device)
-    problem, _ = backends.plan_of(x, out)
-    plan = plan_hopper(problem, running_device(x.q.device), triton_rows=2**31)
-    assert isinstance(plan, Plan), plan
-    assert plan.block_m == 64
-    run(plan, x, out, lse)
-    return out, lse
+    return attend_in_tiles(x, 64)
 
 
 def check(x: Inputs, repeats: int = 1) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
 from headfold import backends
-from headfold.planner import make_plan, mixed
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate, make, poisoned
 
@@ -19,18 +17,11 @@ pytestmark = [
         not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
         reason="needs a Hopper GPU",
     ),
+    pytest.mark.usefixtures("small_mixed_batches"),
 ]
 
 QUERIES = [1, 300, 1, 1, 0, 520, 1, 2, 1, 1, 1, 1]
 KEYS = [4000, 2000, 7, 900, 30, 1500, 1, 2500, 64, 3000, 0, 128]
-
-
-@pytest.fixture(autouse=True)
-def _small_batches_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(mixed, "WORTH_BYTES", 0)
-    make_plan.cache_clear()
-    yield
-    make_plan.cache_clear()
 
 
 def call(layout: str, page_size: int, d: int) -> Inputs:

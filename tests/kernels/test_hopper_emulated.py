@@ -18,21 +18,28 @@ pytest.importorskip("triton")
 from headfold import extras
 from headfold.kernels.hopper import spans
 from headfold.planner import hopper as planner
-from headfold.planner import short
 from headfold.problem import Inputs
 from tests.cases import NAN, assert_accurate
 from tests.gluon_emulator import engines, language
 from tests.gluon_emulator.engines import Descriptor
 from tests.gluon_emulator.scheduler import current
-from tests.hopper_calls import LAYOUTS, PARTED_DIMS, SMALL, SMALL_RAGGED, drawn, drawn_ragged, in_pages
+from tests.hopper_calls import (
+    LAYOUTS,
+    PARTED_DIMS,
+    SMALL,
+    SMALL_RAGGED,
+    drawn,
+    drawn_ragged,
+    in_pages,
+    short_tiles_up_to,
+)
 from tests.kernels.emulated import attend
 
 
 @pytest.fixture(autouse=True)
 def two_consumers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short tiles are for test_hopper_short_emulated.py."""
-    for most in ("MOST_BLOCKS", "MOST_BLOCKS_DENSE", "MOST_BLOCKS_RAGGED"):
-        monkeypatch.setattr(short, most, dict.fromkeys(short.RESIDENT, 0))
+    short_tiles_up_to(0, monkeypatch)
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -19,7 +19,15 @@ from headfold.planner import hopper as planner
 from headfold.planner.hopper import plan_hopper
 from headfold.problem import Inputs, problem_of
 from tests.cases import NAN
-from tests.hopper_calls import SMALL, SMALL_RAGGED, drawn, drawn_ragged, in_pages, with_features
+from tests.hopper_calls import (
+    SMALL,
+    SMALL_RAGGED,
+    drawn,
+    drawn_ragged,
+    in_pages,
+    short_tiles_up_to,
+    with_features,
+)
 from tests.kernels.emulated import attend
 from tests.kernels.test_hopper_emulated import check, check_pages, each_shuffled, paged_rows, rand, same
 
@@ -29,8 +37,7 @@ EVERYTHING = 1 << 20
 
 @pytest.fixture(autouse=True)
 def always_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for most in ("MOST_BLOCKS", "MOST_BLOCKS_DENSE", "MOST_BLOCKS_RAGGED"):
-        monkeypatch.setattr(short, most, dict.fromkeys(short.RESIDENT, EVERYTHING))
+    short_tiles_up_to(EVERYTHING, monkeypatch)
 
 
 def plan_of(x: Inputs) -> Plan:

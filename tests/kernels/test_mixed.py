@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,18 +9,11 @@ import torch
 
 from headfold import backends
 from headfold.backends import mixed as launch
-from headfold.planner import make_plan, mixed
 from headfold.problem import Inputs
 from tests.cases import assert_accurate, make, poisoned
 from tests.conftest import Target
 
-
-@pytest.fixture(autouse=True)
-def _small_batches_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(mixed, "WORTH_BYTES", 0)
-    make_plan.cache_clear()
-    yield
-    make_plan.cache_clear()
+pytestmark = pytest.mark.usefixtures("small_mixed_batches")
 
 
 def run(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
