@@ -371,3 +371,23 @@ def test_pages_through_the_public_function(page_size: int) -> None:
         x.q, x.k, x.v, cache_seqlens=x.seqused_k, page_table=x.page_table, causal=True
     )
     assert torch.equal(got, attend(rows)[0])
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_a_row_maximum_that_stays_shrinks_nothing(block: int) -> None:
+    """To the last bit: a factor of nearly 1 costs a warp the products that it is there to spare."""
+    from tests.gpu.lazy_softmax import shrink_factors
+
+    scores = 3 * torch.randn(64, block, device="cuda")
+    maxima = 3 * torch.randn(64, device="cuda")
+    maxima[:8] = -float("inf")  # rows before their first key
+    maxima[8:16] -= 100
+    scale = 0.1 * 1.4426950408889634
+    shrink = shrink_factors(scores, maxima, scale)
+    rises = (scores.amax(1) - maxima) * scale > 8
+    assert rises[:16].all() and not rises[16:].any()
+    assert (shrink[16:] == 1).all()
+    assert (shrink[:8] == 0).all()
+    torch.testing.assert_close(
+        shrink[8:16], torch.exp2((maxima - scores.amax(1))[8:16] * scale), rtol=1e-5, atol=0
+    )

@@ -65,8 +65,8 @@ def attend(
     k_full, k_free, v_full, v_free, turns = bars
     IN_TURN: gl.constexpr = GROUPS > 2
     VALUES: gl.constexpr = v_buffers[0].type.shape[0]
-    # Scaling accumulators is 128 of a block's 400 instructions at d256. Measured: 2 to 3 % faster there, 4 to 7 % slower below.
-    LAZY: gl.constexpr = HEAD_DIM_V > 192
+    # Accumulators that are seldom scaled: faster where a consumer has more than 128 columns, or one of three more than 64 (docs/hopper.md).
+    LAZY: gl.constexpr = HEAD_DIM_V > 128 or (GROUPS > 2 and HEAD_DIM_V > 64)
     # Three consumers have no registers for scores, the weights before them and accumulators of more than 64 columns.
     OVERLAP: gl.constexpr = GROUPS == 2 or HEAD_DIM_V <= 64
     for i in range(blocks[0] - blocks[1]):
@@ -122,7 +122,7 @@ def attend(
             if blocks[0] - 1 - i == 0:
                 mbarrier.arrive(q_done, count=1)
         if LAZY:
-            acc = (softmax.shrunk(acc[0], shrink),)
+            acc = softmax.shrunk(acc, shrink)
         else:
             acc = scaled(acc, shrink)
         words = softmax.pack(weights, query[0].dtype)

@@ -62,9 +62,9 @@ def step_lazily(scores, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
     safe = new_max
     if MASKED:
         safe = gl.where(new_max == float("-inf"), 0.0, new_max)
-    top = safe * scale_log2
-    weights = gl.exp2(scores * scale_log2 - top[:, None])
-    shrink = gl.exp2(row_max * scale_log2 - top)
+    weights = gl.exp2(scores * scale_log2 - (safe * scale_log2)[:, None])
+    # From the difference: row_max * scale_log2 - top is not 0 for a maximum that stays, but what rounding took from top.
+    shrink = gl.exp2((row_max - safe) * scale_log2)
     return weights, shrink, new_max, add(row_sum, shrink, weights)
 
 
@@ -92,7 +92,16 @@ def _product_unless_ones(count):
 
 @gluon.jit
 def shrunk(acc, shrink):
-    """An accumulator times the factors of its rows, most of which `step_lazily` leaves at 1."""
+    """Accumulators, a part or two, times the factors of their rows, most of which `step_lazily` leaves at 1."""
+    first = shrunk_part(acc[0], shrink)
+    if len(acc) == 1:
+        return (first,)
+    else:
+        return first, shrunk_part(acc[1], shrink)
+
+
+@gluon.jit
+def shrunk_part(acc, shrink):
     COUNT: gl.constexpr = acc.shape[1] // 2  # numbers of a thread: 64 rows over 128 threads
     code: gl.constexpr = _product_unless_ones(COUNT)
     factor = gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
