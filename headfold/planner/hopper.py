@@ -13,7 +13,8 @@ GROUP_ROWS = 64  # query positions of one head that a consumer warpgroup takes
 # Tiles of three consumers (192 rows): 160 registers hold what they need up to head dimension 96. On an H200 they run at
 # 1.12 times the speed of two, block by block (16384: d64 515 TFLOP/s against 451, d96 600 against 535), and lose where
 # tiles see few blocks: d64 1024 without a mask 404 against 408, 2048 440 against 400; causal 1024 302 against 328, 4096 446
-# against 425; d96 causal 4096 462 against 473, 4096 without a mask 553 against 501.
+# against 425; d96 causal 4096 462 against 473, 4096 without a mask 553 against 501. With lengths on the device 64:8 d64 b4 8192
+# causal takes 4191 us against 4589, in pages of 64 4514 against 5052.
 TALL_DIM = 96
 TALL_SPEED = 1.1
 TALL_KEYS = 2048
@@ -169,17 +170,18 @@ def copies_rows(p: Problem, keys: int) -> bool:
 def tile_rows(p: Problem, device: Device) -> int:
     """Rows of a tile: those of two consumers, or of three where that is faster."""
     short, tall = 2 * GROUP_ROWS, 3 * GROUP_ROWS
-    if max(p.head_dim, p.head_dim_v) > TALL_DIM or p.tensor_mask:
+    if max(p.head_dim, p.head_dim_v) > TALL_DIM or p.tensor_mask or left_edge(p):
         return short
-    # Ragged batches may be short, and the producer of pages needs the registers.
-    if p.q_layout != "dense" or p.kv_layout != "dense" or p.lengths_on_device or left_edge(p):
+    if copies_rows(p, block_keys(p)):  # by four warps, for which no registers are left
         return short
-    if min(p.max_seqlen_q, p.max_seqlen_k) < (TALL_KEYS if p.window_right is None else TALL_KEYS_CAUSAL):
+    # Of a ragged batch the average: sequences may be short.
+    queries = p.total_q // p.batch if p.q_layout == "ragged" else p.max_seqlen_q
+    if min(queries, p.max_seqlen_k) < (TALL_KEYS if p.window_right is None else TALL_KEYS_CAUSAL):
         return short
 
     def rounds(rows: int) -> float:
         """Rows that the busiest multiprocessor works off."""
-        tiles = -(-p.max_seqlen_q // rows) * p.num_heads * p.batch
+        tiles = -(-queries // rows) * p.num_heads * p.batch
         return rows * -(-tiles // device.sms)
 
     return tall if rounds(tall) < TALL_SPEED * rounds(short) else short

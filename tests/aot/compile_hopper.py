@@ -60,6 +60,11 @@ def variants() -> dict[str, Inputs]:
     found["d96/96 float16 long"] = call(96, 96, torch.float16, 12288)
     found["d64/64 lengths of queries, long"] = long = call(64, 64, length=12288)
     long.seqused_q = torch.empty(2, dtype=torch.int32)
+    for d in (64, 96):
+        found[f"d{d}/{d} ragged, long"] = long = call(d, d, length=12288)
+        long.seqused_k = torch.empty(2, dtype=torch.int32)
+        for page_size in (16, 64):
+            found[f"d{d}/{d} pages of {page_size}, long"] = paged(d, d, page_size, length=12288)
     for d, dv in PAGED_DIMS:
         for page_size in (1, 8, 16, 64) if d in (64, 128, 256) else (8, 64):
             found[f"d{d}/{dv} pages of {page_size}"] = paged(d, dv, page_size)
@@ -104,10 +109,10 @@ def capped(x: Inputs) -> Inputs:
     return dataclasses.replace(x, softcap=50.0)
 
 
-def paged(d: int, dv: int, page_size: int) -> Inputs:
-    x = call(d, dv)
+def paged(d: int, dv: int, page_size: int, length: int = 512) -> Inputs:
+    x = call(d, dv, length=length)
     x.k, x.v = (torch.empty(64, page_size, 2, n, dtype=x.q.dtype) for n in (d, dv))
-    x.page_table = torch.empty(2, -(-4096 // page_size), dtype=torch.int32)
+    x.page_table = torch.empty(2, -(-max(length, 4096) // page_size), dtype=torch.int32)
     x.seqused_k = torch.empty(2, dtype=torch.int32)
     return x
 

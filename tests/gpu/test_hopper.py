@@ -332,6 +332,26 @@ def test_pages_give_the_bits_of_rows(d: int, dv: int, page_size: int, window: tu
             assert torch.equal(got[1], want[1]), (lengths, shuffled, layout)
 
 
+@pytest.mark.parametrize("right", [-1, 0])
+@pytest.mark.parametrize("page_size", [8, 16, 24, 64, 256])
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (96, 96), (80, 96)])
+def test_three_consumers_of_pages(
+    monkeypatch: pytest.MonkeyPatch, d: int, dv: int, page_size: int, right: int
+) -> None:
+    """Tiles of 192 rows, of rows whose lengths lie on the device and of pages: the same bits, every time."""
+    monkeypatch.setattr(planner, "tile_rows", lambda p, device: 192)
+    torch.manual_seed(page_size + d)
+    for lengths, q_lens in (([700, 0, 1300, 129], 200), ([333, 900, 64, 4000], [300, 1, 64, 3900])):
+        rows = paged_rows(lengths, q_lens, d, dv, (-1, right))
+        want = attend(rows, 192)
+        assert_accurate(rows, *want)
+        pages = in_pages(rows, lengths, page_size)
+        for call in [pages] * 20 + [rows] * 20:
+            got = attend(call, 192)
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[1], want[1])
+
+
 @pytest.mark.parametrize("page_size", [1, 3, 8, 16, 20, 64, 128])
 @pytest.mark.parametrize("left", [-1, 37, 45])
 def test_chunked_prefill_on_pages(page_size: int, left: int) -> None:

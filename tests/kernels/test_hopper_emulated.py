@@ -119,6 +119,14 @@ def test_three_consumers(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     check(x, schedules=3, programs=1 + seed % 3)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_three_consumers_of_drawn_ragged_calls(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Sequences that end anywhere in a tile of 192 rows."""
+    monkeypatch.setattr(planner, "tile_rows", lambda p, device: 192)
+    x = drawn_ragged(seed, "cpu", SMALL_RAGGED, [((64, 64), (96, 96), (80, 80))[seed % 3]])
+    check(replace(x, window_left=-1), programs=1 + seed % 3)
+
+
 def test_keys_that_no_query_sees_may_hold_nan() -> None:
     """Top-left causal with more keys than queries: the copy engine brings whole blocks of them all the same."""
     for sq, sk in ((130, 200), (130, 500), (256, 300), (200, 129)):
@@ -223,6 +231,28 @@ def test_pages_give_the_bits_of_rows(
 ) -> None:
     """Shuffled pages; NaN in pages that nobody owns and past the ends; garbage in the table past the ends."""
     rows, lengths = paged_rows(d, dv, page_size, sq, window_left=window[0], window_right=window[1])
+    check_pages(rows, lengths, page_size, layout)
+
+
+@pytest.mark.parametrize(
+    ("d", "dv", "page_size", "sq", "right", "layout"),
+    each_shuffled(
+        [
+            (64, 64, 64, None, 0),
+            (64, 64, 8, None, -1),
+            (64, 64, 16, 300, 0),
+            (96, 96, 16, None, 0),
+            (96, 80, 64, 300, -1),
+            (80, 96, 24, None, 40),
+        ]
+    ),
+)
+def test_three_consumers_of_pages(
+    monkeypatch: pytest.MonkeyPatch, d: int, dv: int, page_size: int, sq: int | None, right: int, layout: str
+) -> None:
+    """Tiles of 192 rows, keys fetched by one warp and by two."""
+    monkeypatch.setattr(planner, "tile_rows", lambda p, device: 192)
+    rows, lengths = paged_rows(d, dv, page_size, sq, window_right=right)
     check_pages(rows, lengths, page_size, layout)
 
 

@@ -311,9 +311,13 @@ def small(sq: int, sk: int, **other: Any) -> Problem:
         (small(2112, 2112, batch=1), 192),  # 352 tiles in 3 rounds of 132, or 544 in 5
         (small(2048, 2048, batch=1), 128),  # 352 tiles in 3 rounds, or 512 in 4 that hold fewer rows
         (small(8192, 8192, window_left=4096, window_right=0), 128),
-        (small(8192, 8192, kv_layout="paged", page_size=64), 128),
-        (small(8192, 8192, q_layout="ragged"), 128),
-        (small(8192, 8192, lengths_on_device=True), 128),
+        (small(8192, 8192, kv_layout="paged", page_size=64), 192),
+        (small(8192, 8192, kv_layout="paged", page_size=8), 192),
+        (small(8192, 8192, kv_layout="paged", page_size=1), 128),  # rows are copied
+        (small(8192, 8192, q_layout="ragged"), 192),
+        (small(8192, 8192, q_layout="ragged", total_q=4 * 4096, window_right=0), 192),
+        (small(8192, 8192, q_layout="ragged", total_q=4 * 4095, window_right=0), 128),  # on average
+        (small(8192, 8192, lengths_on_device=True), 192),
         (small(8192, 8192, tensor_mask=True), 128),
         (problem(24, 24, 4, 4096, 4096, 96, device_type="cuda"), 192),
         (problem(24, 24, 4, 4096, 4096, 80, device_type="cuda"), 192),

@@ -239,22 +239,43 @@ def prefill_kernel(
         )  # fmt: skip
     elif apart(BLOCK_N, PAGE_ROWS):
         v_source = (v_desc, v_buffers, v_full, v_free, v_groups)
-        gl.warp_specialize(
-            [
-                (consume, (
-                    0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
-                )),
-                (consume, (
-                    1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
-                )),
-                (produce, (
-                    fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, False, VARLEN, LEFT, PAGE_ROWS, k_groups,
-                )),
-                (fetch_values, (fetch, v_source, HEAD_DIM_V, 2, VARLEN, LEFT, PAGE_ROWS)),
-            ],
-            [4, 1, 1],
-            [240, 32, 32],
-        )  # fmt: skip
+        if GROUPS == 2:
+            gl.warp_specialize(
+                [
+                    (consume, (
+                        0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
+                    )),
+                    (consume, (
+                        1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
+                    )),
+                    (produce, (
+                        fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 2, STAGES, False, VARLEN, LEFT, PAGE_ROWS, k_groups,
+                    )),
+                    (fetch_values, (fetch, v_source, HEAD_DIM_V, 2, VARLEN, LEFT, PAGE_ROWS)),
+                ],
+                [4, 1, 1],
+                [240, 32, 32],
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                [
+                    (consume, (
+                        0, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
+                    )),
+                    (consume, (
+                        1, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
+                    )),
+                    (consume, (
+                        2, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
+                    )),
+                    (produce, (
+                        fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, False, VARLEN, LEFT, PAGE_ROWS, k_groups,
+                    )),
+                    (fetch_values, (fetch, v_source, HEAD_DIM_V, 3, VARLEN, LEFT, PAGE_ROWS)),
+                ],
+                [4, 4, 1, 1],
+                [160, 160, 32, 32],
+            )  # fmt: skip
     elif GROUPS == 1:
         gl.warp_specialize(
             [
@@ -294,7 +315,9 @@ def prefill_kernel(
                 (consume, (
                     2, common, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, COLUMNS, SHARED, VARLEN, LEFT, SOFTCAP,
                 )),
-                (produce, (fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, False, VARLEN, LEFT, 0)),
+                (produce, (
+                    fetch, HEAD_DIM, HEAD_DIM_V, BLOCK_N, 3, STAGES, False, VARLEN, LEFT, PAGE_ROWS, k_groups, v_groups,
+                )),
             ],
             [4, 4, 1],
             [160, 160, 24],
