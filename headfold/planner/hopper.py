@@ -176,7 +176,8 @@ def tile_rows(p: Problem, device: Device) -> int:
         return short
     # Of a ragged batch the average: sequences may be short.
     queries = p.total_q // p.batch if p.q_layout == "ragged" else p.max_seqlen_q
-    if min(queries, p.max_seqlen_k) < (TALL_KEYS if p.window_right is None else TALL_KEYS_CAUSAL):
+    keys = p.total_k // p.batch if p.kv_layout == "ragged" else p.max_seqlen_k
+    if min(queries, keys) < (TALL_KEYS if p.window_right is None else TALL_KEYS_CAUSAL):
         return short
 
     def rounds(rows: int) -> float:

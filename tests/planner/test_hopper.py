@@ -317,6 +317,8 @@ def small(sq: int, sk: int, **other: Any) -> Problem:
         (small(8192, 8192, q_layout="ragged"), 192),
         (small(8192, 8192, q_layout="ragged", total_q=4 * 4096, window_right=0), 192),
         (small(8192, 8192, q_layout="ragged", total_q=4 * 4095, window_right=0), 128),  # on average
+        (small(8192, 8192, kv_layout="ragged", total_k=4 * 4095, window_right=0), 128),
+        (small(8192, 8192, kv_layout="ragged", total_k=4 * 4096, window_right=0), 192),
         (small(8192, 8192, lengths_on_device=True), 192),
         (small(8192, 8192, tensor_mask=True), 128),
         (problem(24, 24, 4, 4096, 4096, 96, device_type="cuda"), 192),
