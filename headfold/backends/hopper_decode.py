@@ -21,7 +21,7 @@ def program(
 ) -> tuple[Any, Callable[[Inputs], tuple[Any, ...]], dict[str, Any], dict[str, Any]]:
     """(kernel, the arguments before those of the Triton kernel, compile-time arguments, Triton's options)."""
     variant = {name: constants[name] for name in SHARED}
-    consumers = plan.block_m // CONSUMER_ROWS
+    consumers = max(1, plan.block_m // CONSUMER_ROWS)
     at_start, of_producer = REGISTERS[consumers, max(plan.d_parts[0], plan.dv_parts[0]) > 128]
     variant |= {
         "TILE_D": plan.d_parts[0],

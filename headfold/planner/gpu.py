@@ -101,7 +101,7 @@ def with_short_sequences(whole: Plan, p: Problem, device: Device, fold: int) -> 
         return whole
     part = replace(p, max_seqlen_q=queries, total_q=min(p.total_q, p.batch * queries), lengths_on_device=True)
     mixed = "the average sequence is far shorter than the longest: short ones run apart, as a decode"
-    tile = hopper_decode.beside_tile(part, device) if whole.backend == "hopper" else None
+    tile = hopper_decode.beside_tile(part, device, queries * fold) if whole.backend == "hopper" else None
     sms = beside_sms(device)
     if tile is None or p.sm_margin:  # both together would take those that are left to others
         return replace(

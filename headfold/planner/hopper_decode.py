@@ -14,6 +14,8 @@ from headfold.problem import Problem
 # Folded rows of one consumer of the decode kernel, and how many consumers share a tile at the most.
 CONSUMER_ROWS = 64
 CONSUMERS = 2
+# Folded rows of tiles whose products have queries in columns, not in rows (`kernels/hopper/decode_few.py`).
+FEW_ROWS = (16, 32)
 # Folded rows up to which the Triton decode kernel keeps up with memory, where the lengths are the same.
 TRITON_ROWS = 16
 # Bytes of a box up to which the decode kernel copies rows of few queries instead. On an H200, us, in boxes and copied: 32:8
@@ -43,17 +45,17 @@ def decode_tile(p: Problem, device: Device, rows: int, streamed: bool = False) -
         return ""
     if reason:
         return f"the Triton kernel, not the Gluon one, {reason}"
-    return twin_tile(p, device) if few else decode_tile_of(p, device, consumers, keys)
+    return twin_tile(p, device, rows) if few else decode_tile_of(p, device, rows, consumers, keys)
 
 
-def beside_tile(p: Problem, device: Device) -> Tile | None:
-    """The tile of a decode of few rows that has its multiprocessors to itself, beside a prefill on the others.
+def beside_tile(p: Problem, device: Device, rows: int) -> Tile | None:
+    """The tile of a decode of few `rows` that has its multiprocessors to itself, beside a prefill on the others.
 
     None where this kernel does not take it.
     """
     if p.featured or decode_refusal(p, copies=True):
         return None
-    return decode_tile_of(p, device, 1, decode_keys(p))
+    return decode_tile_of(p, device, rows, 1, decode_keys(p))
 
 
 def decode_refusal(p: Problem, copies: bool = False) -> str:
@@ -74,8 +76,8 @@ def decode_refusal(p: Problem, copies: bool = False) -> str:
     return reason
 
 
-def twin_tile(p: Problem, device: Device, copies: bool = True) -> Tile:
-    """One consumer's tile in blocks small enough for two programs a multiprocessor, where heads are not too wide for that.
+def twin_tile(p: Problem, device: Device, rows: int, copies: bool = True) -> Tile:
+    """One consumer's tile for `rows` in blocks small enough for two programs a multiprocessor, where heads are not too wide.
 
     What waits in one program, for its queries or for the ends of a tile, the other one fills. Without `copies` all pages
     come in boxes.
@@ -85,17 +87,18 @@ def twin_tile(p: Problem, device: Device, copies: bool = True) -> Tile:
     keys, resident = (fitting[0], 2) if fitting else (decode_keys(p), 1)
     small = p.kv_layout == "paged" and page_rows(p, keys) * p.head_dim * p.dtype.itemsize <= SMALL_BOX
     copied = copies and small and FAR_CACHE not in p.extras
-    return decode_tile_of(p, device, 1, keys, resident, boxes=not copied)
+    return decode_tile_of(p, device, rows, 1, keys, resident, boxes=not copied)
 
 
 def decode_tile_of(
-    p: Problem, device: Device, consumers: int, keys: int, resident: int = 1, boxes: bool = True
+    p: Problem, device: Device, rows: int, consumers: int, keys: int, resident: int = 1, boxes: bool = True
 ) -> Tile:
-    """A tile of the decode kernel, with as many stages as shared memory has room for beside its other programs.
+    """A tile of the decode kernel for `rows`, with as many stages as shared memory has room for beside its other programs.
 
     Rows are copied where they do not come in `boxes`, and where pages are too small for them.
     """
-    tile = Tile(CONSUMER_ROWS * consumers, keys, 4 * (consumers + 1), 1, tma=boxes, resident=resident)
+    height = next((n for n in FEW_ROWS if rows <= n), CONSUMER_ROWS * consumers)
+    tile = Tile(height, keys, 4 * (consumers + 1), 1, tma=boxes, resident=resident)
     stages = MOST_STAGES
     while decode_memory(p, tile, stages) > device.smem // resident:
         stages -= 1
@@ -106,7 +109,8 @@ def decode_memory(p: Problem, tile: Tile, stages: int) -> int:
     """Bytes of shared memory that the decode kernel needs, an upper bound."""
     d, dv = decode_columns(p)
     places = 8 * tile.keys if decode_box(p, tile) == 1 else 0  # where rows of K and of V begin
-    return (tile.rows * d + stages * tile.keys * (d + dv)) * p.dtype.itemsize + places + 1024
+    weights = 2 * tile.rows * tile.keys if tile.rows < CONSUMER_ROWS else 0
+    return (tile.rows * d + weights + stages * tile.keys * (d + dv)) * p.dtype.itemsize + places + 1024
 
 
 def decode_box(p: Problem, tile: Tile) -> int:
@@ -121,7 +125,7 @@ def on_hopper(plan: Plan, p: Problem, tile: Tile) -> Plan:
     """A decode's plan for the Triton kernel, as the Gluon one runs it in `tile`."""
     d, dv = decode_columns(p)
     box = decode_box(p, tile)
-    consumers = tile.rows // CONSUMER_ROWS
+    consumers = max(1, tile.rows // CONSUMER_ROWS)
     what = "a warpgroup computes" if consumers == 1 else f"{consumers} warpgroups compute"
     fetches = "four warps copy" if box == 1 else "a warp fetches through the copy engine"
     reasons = [*plan.reasons, f"{what} while {fetches} (Gluon, docs/hopper.md)", *pages_reason(p, box)]

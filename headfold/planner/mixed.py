@@ -12,11 +12,11 @@ SHORT_ROWS = 16
 SKEW = 4
 # Bytes of K and V from which on the two launches more, about 8 us, are small beside what they save.
 WORTH_BYTES = 64 << 20
-# The share of the multiprocessors that decodes have beside a prefill: about as many as saturate memory. On an H200 8 chunks of
-# 512 and 120 decodes, all on 8192 keys of 32:8 d128, take 1700 us one after the other; side by side with 0.35, 0.42, 0.48,
-# 0.55, 0.62, 0.7 of the multiprocessors 2307, 1971, 1749, 1541, 1533, 1547. Alone the parts take 772 and 885: what keeps both
-# together from less than 1500 was not measured; the power that the card may draw is likely.
-BESIDE = 0.62
+# The share of the multiprocessors that decodes have beside a prefill: as many as saturate memory. On an H200 8 chunks of 512
+# and 120 decodes, all on 8192 keys of 32:8 d128, with 0.36, 0.42, 0.48, 0.55, 0.62 of them: in rows 1384, 1411, 1321, 1460,
+# 1508 us, in pages of 16 1663, 1660, 1485, 1506, 1550. Alone the parts take 772 and 885; a kernel that only reads in place of
+# the decode, on 48 multiprocessors, 1285.
+BESIDE = 0.48
 
 
 def beside_sms(device: Device) -> int:

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from headfold.planner.device import Device
 from headfold.planner.gpu import GAP, choose_fold
 from headfold.planner.hopper import page_rows
-from headfold.planner.hopper_decode import decode_columns, decode_memory, decode_refusal, twin_tile
+from headfold.planner.hopper_decode import (
+    CONSUMER_ROWS,
+    decode_columns,
+    decode_memory,
+    decode_refusal,
+    twin_tile,
+)
 from headfold.planner.plan import Plan
 from headfold.problem import Problem
 
@@ -60,7 +66,7 @@ def plan_pair(p: Problem, device: Device, sizes: Sequence[int]) -> PairPlan | No
     if fold != p.group:
         return None
     units = p.num_heads // fold
-    tile = twin_tile(p, device, copies=False)
+    tile = twin_tile(p, device, CONSUMER_ROWS, copies=False)
     programs = max(1, device.sms - p.sm_margin) * tile.resident
     rows = (p.max_seqlen_q * fold, max(sizes) * p.max_seqlen_q * fold)
     tiles = [-(-n // tile.rows) for n in rows]

@@ -135,11 +135,11 @@ def decodes() -> dict[str, Inputs]:
     """name -> a call that compiles to a program of the decode kernel."""
     found = {}
     for d, dv in ((64, 64), (128, 128), (256, 256), (192, 128)):
-        for sq, rows in ((8, 64), (64, 128)) if d < 192 else ((8, 64),):
+        for sq, rows in ((8, 32), (16, 64), (64, 128)) if d < 192 else ((8, 32), (16, 64)):
             for page_size in (0, 8, 64) if d != 192 else (0, 16):
                 x = paged(d, dv, page_size) if page_size else call(d, dv)
                 # Long enough to be split rather than prefilled.
-                batch, keys = (2, 4096) if sq == 8 else (1, 65536)
+                batch, keys = (2, 4096) if sq <= 16 else (1, 65536)
                 if page_size:
                     x.page_table = torch.empty(batch, keys // page_size, dtype=torch.int32)
                 else:

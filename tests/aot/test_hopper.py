@@ -96,5 +96,11 @@ def test_short_tiles_take_nothing_aside(report: Report) -> None:
     assert {n: r["stack"] for n, r in report.items() if n.endswith("short") and r["stack"]} == {}
 
 
+def test_decodes_of_every_height_are_compiled(report: Report) -> None:
+    heights = {n: r["rows"] for n, r in report.items() if n.startswith("decode")}
+    said = {n: re.search(r"tiles of (\d+)", n) for n in heights}
+    assert heights == {n: int(one[1]) if one else 16 for n, one in said.items()}
+
+
 def test_three_consumers_are_compiled_too(report: Report) -> None:
     assert {n for n, r in report.items() if r["rows"] == 192} == {n for n in report if n.endswith("long")}

@@ -57,7 +57,7 @@ class Shared:
 
     def write(self, value: torch.Tensor) -> None:
         if self.order:
-            raise NotImplementedError("a store into permuted memory")
+            value = value.permute([self.order.index(i) for i in range(self.rank)])
         if self.grouped:
             value = value.unflatten(0, (self.data.shape[0], -1))
         if self.pieces or self.grouped:

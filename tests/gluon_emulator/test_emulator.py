@@ -455,6 +455,27 @@ def test_rows_longer_than_a_swizzled_one_lie_in_pieces() -> None:
     assert torch.equal(out, source)
 
 
+@gluon.jit
+def turned_round(Source, Out):
+    """Rows that are stored as the columns of shared memory, whose rows lie in two pieces."""
+    layout: gl.constexpr = store_layout(32)
+    buffers = gl.allocate_shared_memory(gl.float16, [2, 32, 128], shared_layout(32, 128, 16, 2))
+    rows = gl.arange(0, 128, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, 32, gl.SliceLayout(0, layout))
+    at = rows[:, None] * 32 + columns[None, :]
+    buffers.index(1).permute([1, 0]).store(gl.load(Source + at))
+    barrier()
+    out_rows = gl.arange(0, 32, gl.SliceLayout(1, layout))
+    out_columns = gl.arange(0, 128, gl.SliceLayout(0, layout))
+    gl.store(Out + out_rows[:, None] * 128 + out_columns[None, :], buffers.index(1).load(layout))
+
+
+def test_stores_into_permuted_memory() -> None:
+    source, out = rand(128, 32), torch.zeros(32, 128, dtype=torch.float16)
+    launch(turned_round, 1, source, out)
+    assert torch.equal(out, source.T)
+
+
 def test_tensors_are_seen_with_other_shapes() -> None:
     """Every way has a layout of its own: what came different ways does not mix until it is converted."""
     x = Tensor(torch.arange(8.0), gl.BlockedLayout([1], [32], [4], [0]))

@@ -405,7 +405,8 @@ def test_a_row_maximum_that_stays_shrinks_nothing(block: int) -> None:
     scale = 0.1 * 1.4426950408889634
     shrink = shrink_factors(scores, maxima, scale)
     rises = (scores.amax(1) - maxima) * scale > 8
-    assert rises[:16].all() and not rises[16:].any()
+    assert rises[:16].all()
+    assert not rises[16:].any()
     assert (shrink[16:] == 1).all()
     assert (shrink[:8] == 0).all()
     torch.testing.assert_close(

@@ -32,7 +32,7 @@ def test_decodes_beside_chunks_run_as_a_decode() -> None:
     mixed = plan()
     assert mixed.kernel == "prefill"
     assert mixed.short is not None
-    assert (mixed.short.backend, mixed.short.kernel, mixed.short.block_m) == ("hopper", "decode", 64)
+    assert (mixed.short.backend, mixed.short.kernel, mixed.short.block_m) == ("hopper", "decode", 16)
     assert mixed.short_queries == 4
     assert mixed.short.short is None
     text = mixed.explain(problem(**SERVED), H200)

@@ -10,7 +10,7 @@ from headfold.kernels.hopper.compat import (
     tma_store_wait,
     warpgroup_mma_wait,
 )
-from headfold.kernels.hopper.layouts import GROUP_ROWS, first_part, staged_columns, store_layout
+from headfold.kernels.hopper.layouts import GROUP_ROWS, first_part, staged_columns
 from headfold.kernels.hopper.products import (
     issue_scores,
     issue_values,
@@ -23,7 +23,6 @@ from headfold.kernels.hopper.results import finished, halves, leave_ragged, offs
 from headfold.kernels.hopper.schedule import pass_turn, receive, wait_turn
 from headfold.kernels.hopper.spans import (
     CHUNKS,
-    EDGE,
     blocks_of,
     full_blocks,
     hide,
@@ -31,6 +30,7 @@ from headfold.kernels.hopper.spans import (
     seen_blocks,
     seen_end,
 )
+from headfold.kernels.hopper.unseen import zero_front, zero_unseen
 from headfold.kernels.parts.spans import OPEN
 
 
@@ -65,7 +65,8 @@ def attend(
     k_full, k_free, v_full, v_free, turns = bars
     IN_TURN: gl.constexpr = GROUPS > 2
     VALUES: gl.constexpr = v_buffers[0].type.shape[0]
-    # Accumulators that are seldom scaled: faster where a consumer has more than 128 columns, or one of three more than 64 (docs/hopper.md).
+    # Accumulators that are seldom scaled: faster where a consumer has more than 128 columns of them, or one of three more
+    # than 64 (docs/hopper.md).
     LAZY: gl.constexpr = HEAD_DIM_V > 128 or (GROUPS > 2 and HEAD_DIM_V > 64)
     # Three consumers have no registers for scores, the weights before them and accumulators of more than 64 columns.
     OVERLAP: gl.constexpr = GROUPS == 2 or HEAD_DIM_V <= 64
@@ -158,75 +159,6 @@ def release(free):
     fence_async_shared()
     barrier()
     mbarrier.arrive(free, count=1)
-
-
-@gluon.jit
-def zero_outside(values, key, start, end, LEFT: gl.constexpr):
-    """Zero rows of shared memory from key `end` on, and with LEFT those before key `start`, the first row being key `key`."""
-    layout: gl.constexpr = store_layout(values.shape[1])
-    index = key + gl.arange(0, values.shape[0], gl.SliceLayout(1, layout))
-    loaded = values.load(layout)
-    seen = index < end
-    if LEFT:
-        seen = seen & (index >= start)
-    values.store(gl.where(seen[:, None], loaded, gl.zeros_like(loaded)))
-
-
-@gluon.jit
-def zero_before(values, rows):
-    """Zero the first `rows` rows of shared memory."""
-    layout: gl.constexpr = store_layout(values.shape[1])
-    index = gl.arange(0, values.shape[0], gl.SliceLayout(1, layout))
-    loaded = values.load(layout)
-    values.store(gl.where((index >= rows)[:, None], loaded, gl.zeros_like(loaded)))
-
-
-@gluon.jit
-def zero_unseen(
-    v_buffers,
-    v_full,
-    count,
-    key,
-    start,
-    end,
-    sk,
-    BLOCK_N: gl.constexpr,
-    HEAD_DIM_V: gl.constexpr,
-    VALUES: gl.constexpr,
-    VARLEN: gl.constexpr,
-    LEFT: gl.constexpr,
-):
-    """Zero the values from key `end` on in a tile's last block, number `count`, whose first key is `key`.
-
-    `end` is `seen_end`. What lies between it and sk may hold NaN, and a weight of 0 does not help against that; beyond sk
-    the copy engine fills in zeros. Each consumer writes for itself: the other reads the same bytes or these zeros. Values
-    before the tile's first key `start` are zeroed too where they lie in this block: written back as they were, they would
-    undo the other's `zero_front` under its product.
-    """
-    outside = end < sk
-    if VARLEN:  # beyond sk comes another sequence, or what an earlier one left
-        outside = True
-        end = gl.minimum(end, sk)
-    if (end < key + BLOCK_N) & outside:
-        PART: gl.constexpr = 32
-        stage = count % VALUES
-        mbarrier.wait(v_full.index(stage), (count // VALUES) & 1)
-        values = operands(v_buffers, stage, BLOCK_N, HEAD_DIM_V)
-        for i in gl.static_range(BLOCK_N // PART):
-            if end < key + (i + 1) * PART:
-                for j in gl.static_range(len(values)):
-                    zero_outside(values[j].slice(i * PART, PART), key + i * PART, start, end, LEFT)
-        fence_async_shared()
-        barrier()
-
-
-@gluon.jit
-def zero_front(values, rows):
-    """Zero the first `rows` values of a tile's first block, fewer than EDGE, which lie before the first key it sees."""
-    for i in gl.static_range(len(values)):
-        zero_before(values[i].slice(0, EDGE), rows)
-    fence_async_shared()
-    barrier()
 
 
 @gluon.jit

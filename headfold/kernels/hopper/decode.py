@@ -9,7 +9,6 @@ import triton.language as tl
 from headfold.kernels.hopper.compat import gl, gluon
 from headfold.kernels.hopper.decode_schedule import find_range
 from headfold.kernels.hopper.decode_warps import decode_buffers, run_warps
-from headfold.kernels.hopper.layouts import GROUP_ROWS
 from headfold.kernels.parts.address import aligned, pointer
 from headfold.kernels.parts.division import divide
 
@@ -133,7 +132,7 @@ def hopper_decode_kernel(
             tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     buffers, bars = decode_buffers(
-        ELEMENT, BLOCK_M // GROUP_ROWS, TILE_D, TILE_DV, BLOCK_N, STAGES, GROUPED, PAGE_ROWS == 1
+        ELEMENT, BLOCK_M, TILE_D, TILE_DV, BLOCK_N, STAGES, GROUPED, PAGE_ROWS == 1
     )
     r = divide(gl.program_id(0), (lanes_magic, lanes_shift))
     lane = gl.program_id(0) - r * lanes

@@ -1,4 +1,4 @@
-"""The decode kernel's consumers: each a warpgroup that attends 64 folded rows of a tile to the program's blocks."""
+"""The decode kernel's consumers: each a warpgroup that attends 64 folded rows of a tile, or few, to the program's blocks."""
 
 import triton.language as tl
 
@@ -12,9 +12,11 @@ from headfold.kernels.hopper.compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from headfold.kernels.hopper.decode_few import attend_few
 from headfold.kernels.hopper.decode_schedule import share
 from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, store_layout, weights_layout
 from headfold.kernels.hopper.products import operands
+from headfold.kernels.hopper.unseen import zero_outside
 from headfold.kernels.parts.division import divide
 from headfold.kernels.parts.spans import visible_keys
 
@@ -28,42 +30,20 @@ def hide(scores, row_low, row_high, key):
 
 
 @gluon.jit
-def zero_outside(values, key, low, high, HEAD_DIM_V: gl.constexpr):
-    """Zero the values of a block from `key` on that lie outside keys low..high, which no row of the tile sees.
-
-    They may hold NaN, and a weight of 0 does not help against that. Every consumer writes for itself: the others read
-    the same bytes or these zeros.
-    """
-    PART: gl.constexpr = 32
-    ROWS: gl.constexpr = values.type.shape[0]
-    layout: gl.constexpr = store_layout(HEAD_DIM_V)
-    if (key < low) | (key + ROWS > high):
-        for i in gl.static_range(ROWS // PART):
-            first = key + i * PART
-            if (first < low) | (first + PART > high):
-                part = values.slice(i * PART, PART)
-                index = first + gl.arange(0, PART, gl.SliceLayout(1, layout))
-                loaded = part.load(layout)
-                seen = (index >= low) & (index < high)
-                part.store(gl.where(seen[:, None], loaded, gl.zeros_like(loaded)))
-        fence_async_shared()
-        barrier()
-
-
-@gluon.jit
-def row_places(first_row, unit, fold, by_fold, layout: gl.constexpr):
-    """(query position, head, folded row) of the 64 rows from `first_row` on."""
-    row = first_row + gl.arange(0, GROUP_ROWS, layout)
+def row_places(first_row, unit, fold, by_fold, ROWS: gl.constexpr, layout: gl.constexpr):
+    """(query position, head, folded row) of the ROWS rows from `first_row` on."""
+    row = first_row + gl.arange(0, ROWS, layout)
     position = divide(row, by_fold)
     return position, unit * fold + row - position * fold, row
 
 
 @gluon.jit
 def load_queries(base, strides, first_row, rows, unit, fold, by_fold, buffer, HEAD_DIM: gl.constexpr):
-    """Gather 64 folded rows, 0 from row `rows` on, into shared memory. HEAD_DIM columns of them exist."""
+    """Gather folded rows, 0 from row `rows` on, into shared memory. HEAD_DIM columns of them exist."""
+    ROWS: gl.constexpr = buffer.type.shape[0]
     COLUMNS: gl.constexpr = buffer.type.shape[1]
     layout: gl.constexpr = store_layout(COLUMNS)
-    position, head, row = row_places(first_row, unit, fold, by_fold, gl.SliceLayout(1, layout))
+    position, head, row = row_places(first_row, unit, fold, by_fold, ROWS, gl.SliceLayout(1, layout))
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
     at = position.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
     live = (row < rows)[:, None] & (column < HEAD_DIM)[None, :]
@@ -75,11 +55,20 @@ def load_queries(base, strides, first_row, rows, unit, fold, by_fold, buffer, HE
 
 
 @gluon.jit
-def store_rows(base, offsets, live, values, COLUMNS: gl.constexpr):
-    """Write the first COLUMNS columns of the live rows at `offsets`, rounded to the pointer's type."""
-    column = gl.arange(0, values.shape[1], gl.SliceLayout(0, values.type.layout))
-    mask = live[:, None] & (column < COLUMNS)[None, :]
-    gl.store(base + (offsets[:, None] + column[None, :]), values.to(base.dtype.element_ty), mask=mask)
+def store_rows(base, offsets, live, values, COLUMNS: gl.constexpr, FEW: gl.constexpr):
+    """Write the first COLUMNS columns of the live rows at `offsets`, rounded to the pointer's type.
+
+    `values` are (rows, columns), or with FEW (columns, rows).
+    """
+    if FEW:
+        column = gl.arange(0, values.shape[0], gl.SliceLayout(1, values.type.layout))
+        places = offsets[None, :] + column[:, None]
+        mask = live[None, :] & (column < COLUMNS)[:, None]
+    else:
+        column = gl.arange(0, values.shape[1], gl.SliceLayout(0, values.type.layout))
+        places = offsets[:, None] + column[None, :]
+        mask = live[:, None] & (column < COLUMNS)[None, :]
+    gl.store(base + places, values.to(base.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
@@ -109,7 +98,7 @@ def attend(
     STAGES: gl.constexpr,
     COPIED: gl.constexpr,
 ):
-    """`blocks` blocks of keys from key `first` on: (accumulator, row maximum, row sum, blocks counted so far).
+    """`blocks` blocks of keys from key `first` on: (accumulator, row maximum, row sum in parts, blocks counted so far).
 
     The scores of a block are under way while the values of the one before it are weighed. `seen` are the keys that some
     row of the tile sees, `full` those that every row of these 64 sees. COPIED: keys and values come by ordinary copies, which a
@@ -191,7 +180,7 @@ def consume(
     PAIRED: gl.constexpr,
     COPIED: gl.constexpr = False,
 ):
-    """Rows GROUP * 64 to GROUP * 64 + 63 of the tile, over all of the program's shares.
+    """Rows GROUP * 64 to GROUP * 64 + 63 of the tile, or all of one of fewer, over all of the program's shares.
 
     PAIRED: the kernel is `hopper_pair_kernel`. All results are states then, and the first and the last program of each tile
     say so for `pair_merge_kernel`.
@@ -199,10 +188,14 @@ def consume(
     if EARLY:
         tl.extra.cuda.gdc_wait()
     buffers, bars, Q, Out, Lse, states, unit, fold, by_fold, window, lane, scale_log2 = common
-    q_buffers, k_buffers, v_buffers = buffers
+    q_buffers, k_buffers, v_buffers, w_buffers = buffers
     x, x_end, item, start, gap = begins
-    rows: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
-    out_rows: gl.constexpr = gl.SliceLayout(1, accumulator(TILE_DV))
+    FEW: gl.constexpr = BLOCK_M < GROUP_ROWS
+    ROWS: gl.constexpr = BLOCK_M if FEW else GROUP_ROWS
+    rows: gl.constexpr = (
+        gl.SliceLayout(0, accumulator(ROWS)) if FEW else gl.SliceLayout(1, accumulator(BLOCK_N))
+    )
+    out_rows: gl.constexpr = rows if FEW else gl.SliceLayout(1, accumulator(TILE_DV))
     query = q_buffers.index(GROUP)
     count = 0
     while x < x_end:
@@ -220,34 +213,43 @@ def consume(
             sequence = seq.to(gl.int64)
             base = Q[0] + (sequence * Q[1] + q_first.to(gl.int64) * Q[2])
             load_queries(base, (Q[2], Q[3]), own, many, unit, fold, by_fold, query, HEAD_DIM)
-            position, _, _ = row_places(own, unit, fold, by_fold, rows)
+            position, _, _ = row_places(own, unit, fold, by_fold, ROWS, rows)
             row_low, row_high = visible_keys(position, shift, window[0], window[1], 0, sk, False)
-            last = gl.maximum(gl.minimum(own + GROUP_ROWS, many) - 1, 0)
+            last = gl.maximum(gl.minimum(own + ROWS, many) - 1, 0)
             _, full_high = visible_keys(divide(own, by_fold), shift, window[0], window[1], 0, sk, False)
             full_low, _ = visible_keys(divide(last, by_fold), shift, window[0], window[1], 0, sk, False)
-            acc, row_max, row_sum, count = attend(
-                query, k_buffers, v_buffers, bars, count, low + begin * BLOCK_N, end - begin, (key_low, key_high),
-                (full_low, full_high), row_low, row_high, scale_log2, TILE_D, TILE_DV, BLOCK_N, STAGES, COPIED,
-            )  # fmt: skip
-            inverse, lse = softmax.finish(row_max, row_sum, scale_log2 * 0.6931471805599453)
-            acc = acc * gl.convert_layout(inverse, out_rows)[:, None]
-            position, head, row = row_places(own, unit, fold, by_fold, out_rows)
+            if FEW:
+                acc, row_max, total, count = attend_few(
+                    query, w_buffers, k_buffers, v_buffers, bars, count, low + begin * BLOCK_N, end - begin,
+                    (key_low, key_high), (full_low, full_high), row_low, row_high, scale_log2, TILE_D, TILE_DV, BLOCK_N,
+                    STAGES, COPIED,
+                )  # fmt: skip
+                inverse, lse = softmax.finish_total(row_max, total, scale_log2 * 0.6931471805599453)
+                acc = acc * inverse[None, :]
+            else:
+                acc, row_max, row_sum, count = attend(
+                    query, k_buffers, v_buffers, bars, count, low + begin * BLOCK_N, end - begin, (key_low, key_high),
+                    (full_low, full_high), row_low, row_high, scale_log2, TILE_D, TILE_DV, BLOCK_N, STAGES, COPIED,
+                )  # fmt: skip
+                inverse, lse = softmax.finish(row_max, row_sum, scale_log2 * 0.6931471805599453)
+                acc = acc * gl.convert_layout(inverse, out_rows)[:, None]
+            position, head, row = row_places(own, unit, fold, by_fold, ROWS, out_rows)
             lse = gl.convert_layout(lse, out_rows)
             live = row < many
             if PAIRED:
                 number = gl.where(shared, state, states[4] + item)  # an uncut tile's states are counted apart
                 at = (number * lane[1] + lane[0]).to(gl.int64) * states[3] + (row - first_row)
-                store_rows(states[0], at * states[2], live, acc, HEAD_DIM_V)
+                store_rows(states[0], at * states[2], live, acc, HEAD_DIM_V, FEW)
                 gl.store(states[1] + at, lse, mask=live)
             elif shared:
                 # Row by row as store_state of the Triton kernels leaves them for merge_kernel.
                 at = (state * lane[1] + lane[0]).to(gl.int64) * states[3] + (row - first_row)
-                store_rows(states[0], at * states[2], live, acc, HEAD_DIM_V)
+                store_rows(states[0], at * states[2], live, acc, HEAD_DIM_V, FEW)
                 gl.store(states[1] + at, lse, mask=live)
             else:
                 where = position.to(gl.int64)
                 there = Out[0] + (sequence * Out[1] + q_first.to(gl.int64) * Out[2])
-                store_rows(there, where * Out[2] + head.to(gl.int64) * Out[3], live, acc, HEAD_DIM_V)
+                store_rows(there, where * Out[2] + head.to(gl.int64) * Out[3], live, acc, HEAD_DIM_V, FEW)
                 at = where * Lse[2] + head.to(gl.int64) * Lse[3]
                 gl.store(Lse[0] + (sequence * Lse[1] + q_first.to(gl.int64) * Lse[2]) + at, lse, mask=live)
         x = next_start

@@ -12,7 +12,7 @@ from headfold.kernels.hopper.prefill import barriers, grouped_buffers
 @gluon.jit
 def decode_buffers(
     ELEMENT: gl.constexpr,
-    GROUPS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
     TILE_D: gl.constexpr,
     TILE_DV: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -20,13 +20,19 @@ def decode_buffers(
     GROUPED: gl.constexpr,
     COPIED: gl.constexpr,
 ):
-    """((buffers of the queries, of K, of V), barriers: K is there, K may be overwritten, and the same of V).
+    """((buffers of the queries, of K, of V, of the weights of few rows), barriers: K is there, K may be overwritten, and
+    the same of V).
 
     GROUPED where boxes bring whole rows of pages, COPIED where keys are copied row by row.
     """
-    q_buffers = gl.allocate_shared_memory(
-        ELEMENT, [GROUPS, GROUP_ROWS, TILE_D], shared_layout(GROUP_ROWS, TILE_D, 16, 2)
-    )
+    GROUPS: gl.constexpr = BLOCK_M // GROUP_ROWS if BLOCK_M > GROUP_ROWS else 1
+    ROWS: gl.constexpr = BLOCK_M // GROUPS
+    q_buffers = gl.allocate_shared_memory(ELEMENT, [GROUPS, ROWS, TILE_D], shared_layout(ROWS, TILE_D, 16, 2))
+    w_buffers = q_buffers  # not used where weights stay in registers
+    if BLOCK_M < GROUP_ROWS:
+        w_buffers = gl.allocate_shared_memory(
+            ELEMENT, [2, ROWS, BLOCK_N], shared_layout(ROWS, BLOCK_N, 16, 2)
+        )
     if GROUPED:
         k_buffers = grouped_buffers(ELEMENT, STAGES, BLOCK_N, TILE_D)[0]
         v_buffers = grouped_buffers(ELEMENT, STAGES, BLOCK_N, TILE_DV)[0]
@@ -43,7 +49,7 @@ def decode_buffers(
         barriers(STAGES, ARRIVALS), barriers(STAGES, GROUPS), barriers(STAGES, ARRIVALS), barriers(STAGES, GROUPS)
     )  # fmt: skip
     fence_async_shared()
-    return (q_buffers, k_buffers, v_buffers), bars
+    return (q_buffers, k_buffers, v_buffers, w_buffers), bars
 
 
 @gluon.jit
@@ -80,7 +86,7 @@ def run_warps(
             [COPYING_WARPS],
             [FETCH_REGISTERS],
         )  # fmt: skip
-    elif BLOCK_M == GROUP_ROWS:
+    elif BLOCK_M <= GROUP_ROWS:
         gl.warp_specialize(
             [
                 (

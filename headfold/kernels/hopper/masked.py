@@ -8,7 +8,7 @@ from headfold.kernels.hopper.compat import (
     view_as,
     warpgroup_mma,
 )
-from headfold.kernels.hopper.consumer import release, zero_unseen
+from headfold.kernels.hopper.consumer import release
 from headfold.kernels.hopper.layouts import (
     GROUP_ROWS,
     accumulator,
@@ -20,6 +20,7 @@ from headfold.kernels.hopper.products import matrix, operands
 from headfold.kernels.hopper.results import finished, offset, store
 from headfold.kernels.hopper.schedule import receive
 from headfold.kernels.hopper.spans import full_blocks, hide, row_bounds, seen_end, tile_blocks
+from headfold.kernels.hopper.unseen import zero_unseen
 
 # Rows of a mask block that are looked at first. Where the diagonal of a causal mask cuts a block, its last rows live.
 SAMPLE = gl.constexpr(16)

@@ -10,7 +10,6 @@ import triton.language as tl
 from headfold.kernels.hopper.compat import gl, gluon
 from headfold.kernels.hopper.decode_schedule import find_position, list_length
 from headfold.kernels.hopper.decode_warps import decode_buffers, run_warps
-from headfold.kernels.hopper.layouts import GROUP_ROWS
 from headfold.kernels.parts.address import aligned, pointer
 from headfold.kernels.parts.division import divide
 from headfold.kernels.parts.pair import cut_pair
@@ -114,9 +113,7 @@ def hopper_pair_kernel(
         # Lengths and page tables may come from the kernel before.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    buffers, bars = decode_buffers(
-        ELEMENT, BLOCK_M // GROUP_ROWS, TILE_D, TILE_DV, BLOCK_N, STAGES, GROUPED, False
-    )
+    buffers, bars = decode_buffers(ELEMENT, BLOCK_M, TILE_D, TILE_DV, BLOCK_N, STAGES, GROUPED, False)
     folds = (fold, fold_magic, fold_shift)
     # Numbers at run time, for functions that take nothing else.
     top_row = own_batch * 0

@@ -7,7 +7,6 @@ a left edge and no softcap.
 
 from headfold.kernels.hopper import softmax
 from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_store_wait, warpgroup_mma_wait
-from headfold.kernels.hopper.consumer import zero_front, zero_unseen
 from headfold.kernels.hopper.layouts import GROUP_ROWS
 from headfold.kernels.hopper.products import (
     issue_scores,
@@ -29,6 +28,7 @@ from headfold.kernels.hopper.spans import (
     rows_of_columns,
     seen_end,
 )
+from headfold.kernels.hopper.unseen import zero_front, zero_unseen
 from headfold.kernels.parts.spans import OPEN
 
 

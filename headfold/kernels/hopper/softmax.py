@@ -152,7 +152,12 @@ def uncapped(row_max):
 @gluon.jit
 def finish(row_max, row_sum, scale):
     """(1 / row sum, LSE in natural log) for a maximum in units of 1 / scale; a row without a key: factor 0, LSE -inf."""
-    total = gl.convert_layout(gl.sum(row_sum, 1), row_max.type.layout)
+    return finish_total(row_max, gl.convert_layout(gl.sum(row_sum, 1), row_max.type.layout), scale)
+
+
+@gluon.jit
+def finish_total(row_max, total, scale):
+    """`finish` of a row sum that is not in parts."""
     empty = total == 0.0
     total = gl.where(empty, 1.0, total)
     lse = row_max * scale + gl.log2(total) * 0.6931471805599453
