@@ -250,10 +250,11 @@ def _cuda() -> tuple[Case, ...]:
         _prefill(LLAMA_8B, 4, 512, True, 16384),
     ]
     prefill += [_paged_prefill(LLAMA_8B, 4, 8192, size) for size in (1, 8, 16, 64, 128, 256)]
+    prefill += [_paged_prefill(GPT_OSS, 2, 8192, 16)]
     # Beside the longest of them, and the parts that the mixed batch has alone.
     prefill += [
         _prefill(LLAMA_8B, 1, 16384, True),
-        _ragged_prefill(LLAMA_8B, RAGGED_64, RAGGED_64, "ragged-b64"),
+        *(_ragged_prefill(m, RAGGED_64, RAGGED_64, "ragged-b64") for m in (LLAMA_8B, GPT_OSS)),
         *(_ragged_prefill(m, PROMPTS_64, PROMPTS_64, "prompts-b64") for m in (LLAMA_8B, GPT_OSS)),
         *(
             _ragged_prefill(LLAMA_8B, queries, (8192,) * len(queries), what)
