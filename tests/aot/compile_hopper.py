@@ -191,17 +191,19 @@ def compiled_pair(x: Inputs) -> tuple[Plan, Any]:
     return plan.whole, dict(done)["hopper_pair_kernel"]
 
 
-def block_loop_spills(dumped: str) -> int:
-    """Local loads and stores in the loops over blocks: the innermost ones that hold products, and of those that hold
-    copies and no product the ones that lie in another, which is a producer's loop over tiles."""
+def block_loop_spills(dumped: str, boxed: bool) -> int:
+    """Local loads and stores in the loops over blocks: the innermost ones that hold products, and of those that hold copies
+    and no product the innermost too, or where a block's boxes are a loop (`boxed`) the one around that as well."""
     code = code_of(dumped)
     products = [address for address, text in code if "HGMMA" in text]
     copies = [address for address, text in code if re.search("UTMALDG|LDGSTS", text)]
-    loops = loops_of(code, r"^@\S+ BRA\b.* (0x[0-9a-f]+)")  # waits jump back too, without a condition
+    loops = set(loops_of(code, r"^@\S+ BRA\b.* (0x[0-9a-f]+)"))  # waits jump back too, without a condition
     holding = [(a, b) for a, b in loops if any(a <= p <= b for p in products)]
+    copying = [(a, b) for a, b in loops - set(holding) if any(a <= c <= b for c in copies)]
+    fetching = innermost(copying)
+    if boxed:
+        fetching += innermost([one for one in copying if one not in fetching])
     inner = innermost(holding)
-    copying = [(a, b) for a, b in set(loops) - set(holding) if any(a <= c <= b for c in copies)]
-    fetching = [(a, b) for a, b in copying if any((c, d) != (a, b) and c <= a and b <= d for c, d in copying)]
     assert inner
     assert fetching
     return local_accesses(code, inner + fetching)
@@ -228,7 +230,7 @@ def figures_of(task: tuple[str, str]) -> tuple[str, dict[str, Any]]:
     return name, {
         **figures(kernel, 90, dumped, log.getvalue()),
         **planned,
-        "block_loop_spills": block_loop_spills(dumped),
+        "block_loop_spills": block_loop_spills(dumped, plan.page_rows > 1),
     }
 
 
