@@ -1,4 +1,4 @@
-"""The decode kernel for tiles of 64 or 128 folded rows: its arguments, and what each program owns.
+"""The decode kernel for tiles of 16 to 128 folded rows: its arguments, and what each program owns.
 
 Its schedule, its arguments and the states it leaves are those of the Triton kernel (`kernels/decode.py`), and so is the
 kernel that merges them.
