@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 
 from headfold.features import check_features
 from headfold.problem import (
@@ -31,6 +32,22 @@ def ragged() -> Inputs:
 def paged() -> Inputs:
     """q (2, 3, 4, 16), pages of 4 keys, a table (2, 3)."""
     return make([3, 3], [5, 6], kv_layout="paged", page_size=4)
+
+
+@st.composite
+def drawn_calls(draw: st.DrawFn) -> tuple[Inputs, list[tuple[int, int]]]:
+    """(a valid call of any layout, the queries and keys of each of its sequences)."""
+    lens = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=4))
+    q_layout, kv_layout = draw(st.sampled_from(LAYOUTS))
+    x = make(
+        [q for q, _ in lens],
+        [k for _, k in lens],
+        q_layout=q_layout,
+        kv_layout=kv_layout,
+        slack=draw(st.sampled_from([0, 3])),
+        page_size=draw(st.sampled_from([1, 4])),
+    )
+    return x, lens
 
 
 def ints(*values: int) -> torch.Tensor:

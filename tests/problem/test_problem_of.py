@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from headfold import reference
 from headfold.problem import (
+    Inputs,
     check,
     is_aligned,
     problem_of,
@@ -18,6 +18,7 @@ from headfold.problem import (
 from tests.cases import make
 from tests.problem.calls import (
     LAYOUTS,
+    drawn_calls,
     ints,
     on_meta,
     paged,
@@ -80,23 +81,9 @@ def test_a_paged_problem_is_bounded_by_its_table() -> None:
 
 
 @settings(max_examples=60)
-@given(
-    lens=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=4),
-    layouts=st.sampled_from(LAYOUTS),
-    slack=st.sampled_from([0, 3]),
-    page_size=st.sampled_from([1, 4]),
-)
-def test_the_bounds_of_a_problem_hold(
-    lens: list[tuple[int, int]], layouts: tuple[str, str], slack: int, page_size: int
-) -> None:
-    x = make(
-        [q for q, _ in lens],
-        [k for _, k in lens],
-        q_layout=layouts[0],
-        kv_layout=layouts[1],
-        slack=slack,
-        page_size=page_size,
-    )
+@given(drawn_calls())
+def test_the_bounds_of_a_problem_hold(drawn: tuple[Inputs, list[tuple[int, int]]]) -> None:
+    x, lens = drawn
     check(x)
     p = problem_of(x)
     used_q = [reference.queries_of(x, i).shape[0] for i in range(x.batch)]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from headfold import ops
 from headfold.problem import (
@@ -20,9 +19,9 @@ from headfold.problem import (
 from headfold.values import check_values, value_checks_enabled
 from tests.cases import make, poisoned
 from tests.problem.calls import (
-    LAYOUTS,
     Change,
     dense,
+    drawn_calls,
     grown,
     ints,
     paged,
@@ -174,25 +173,9 @@ def as_kwargs(x: Inputs) -> dict[str, Any]:
 
 
 @settings(max_examples=60)
-@given(
-    lens=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=4),
-    layouts=st.sampled_from(LAYOUTS),
-    slack=st.sampled_from([0, 3]),
-    page_size=st.sampled_from([1, 4]),
-)
-def test_check_values_is_silent_on_valid_inputs(
-    lens: list[tuple[int, int]], layouts: tuple[str, str], slack: int, page_size: int
-) -> None:
-    check_values(
-        make(
-            [q for q, _ in lens],
-            [k for _, k in lens],
-            q_layout=layouts[0],
-            kv_layout=layouts[1],
-            slack=slack,
-            page_size=page_size,
-        )
-    )
+@given(drawn_calls())
+def test_check_values_is_silent_on_valid_inputs(drawn: tuple[Inputs, list[tuple[int, int]]]) -> None:
+    check_values(drawn[0])
 
 
 def test_lengths_of_a_paged_cache_may_come_as_offsets_or_beside_them() -> None:
