@@ -26,7 +26,7 @@ from headfold.problem import DTYPES, MAX_HEAD_DIM, Inputs
 
 # Lengths and batches that between them meet every tile: variants do not depend on more of a shape than that.
 QUERIES = (1, 2, 4, 8, 16, 64, 512, 4096)
-BATCHES = (1, 16, 256)
+BATCHES = (1, 16, 256, 512)
 KEYS = (1024, 16384, 131072)
 PAGE = 16
 

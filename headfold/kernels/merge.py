@@ -134,7 +134,14 @@ def merge_kernel(
             state = first_state + s * step - tl.where((s > 0) & (step > 1), 1, 0)
             at = (state * lanes + lane).to(tl.int64) * state_rows + row
             acc, top, total = add_states(
-                (acc, top, total), states, state_lses, at, s < n, state_width, column, HEAD_DIM_V
+                (acc, top, total),
+                states,
+                state_lses,
+                at * aligned(state_width, 8),
+                at,
+                s < n,
+                column,
+                HEAD_DIM_V,
             )
         result, lse = finish_row((acc, top, total))
         position = divide(first_row + row, (fold_magic, fold_shift))

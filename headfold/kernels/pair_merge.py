@@ -17,21 +17,21 @@ PAIR_MERGE_ARGUMENTS = (
 
 
 @triton.jit
-def add_tile(merged, item, tile, unit, row, units, of_list, column, columns, width, STATES: tl.constexpr):
-    """`merged`, a row's (accumulator, maximum, sum), with the states of a tile of a list added, in the order of their keys."""
-    acc, top, total = merged
-    states, state_lses, ends, uncut, rows, lanes = of_list
+def states_of(item, tile, units, of_list):
+    """(the first range that has a part of a tile of a list, how many have)."""
+    ends, uncut, rows, lanes = of_list
     place = pointer(ends, tl.int32, 1) + 2 * (item * (lanes // units) + tile)
     first = tl.load(place)
-    n = tl.load(place + 1) - first + 1
-    lane = tile * units + unit
-    for s0 in range(0, n, STATES):
-        s = s0 + tl.arange(0, STATES)
-        # The first range's state of a tile is its second one, the others' their first.
-        state = tl.where(n > 1, 2 * (first + s) + tl.where(s == 0, 1, 0), uncut + item)
-        at = (state * lanes + lane).to(tl.int64) * rows + row
-        acc, top, total = add_states((acc, top, total), states, state_lses, at, s < n, width, column, columns)
-    return acc, top, total
+    return first, tl.load(place + 1) - first + 1
+
+
+@triton.jit
+def rows_of(s, first, n, item, tile, unit, row, units, of_list):
+    """Where states number `s` of a tile's row lie among the states of its list."""
+    ends, uncut, rows, lanes = of_list
+    # The first range's state of a tile is its second one, the others' their first.
+    state = tl.where(n > 1, 2 * (first + s) + tl.where(s == 0, 1, 0), uncut + item)
+    return (state * lanes + tile * units + unit).to(tl.int64) * rows + row
 
 
 @triton.jit(do_not_specialize=PAIR_MERGE_ARGUMENTS)
@@ -95,25 +95,38 @@ def pair_merge_kernel(
     q_first, sq = sequence_span(item, cu_seqlens_q, item.to(tl.int64) * 0, sq_capacity)
     rows = tl.minimum(sq * fold - first_row, BLOCK_M)
     column = tl.arange(0, WIDTH)
-    own = (own_states, own_state_lses, own_ends, own_uncut, own_state_rows, own_lanes)
-    prefix = (prefix_states, prefix_state_lses, prefix_ends, prefix_uncut, prefix_state_rows, prefix_lanes)
+    own = (own_ends, own_uncut, own_state_rows, own_lanes)
+    prefix = (prefix_ends, prefix_uncut, prefix_state_rows, prefix_lanes)
+    # Both lists' states are read at once, from where those of the prefixes begin.
+    own_at = aligned((own_states - prefix_states) // 4, 4)
+    own_lses_at = (own_state_lses - prefix_state_lses) // 4
     if EARLY:
         tl.extra.cuda.gdc_wait()
     for row in range(tl.program_id(1), rows, tl.num_programs(1)):
+        own_first, own_n = states_of(item, tile, units, own)
         position = divide(first_row + row, (fold_magic, fold_shift))
         folded = first_row + row - position * fold
         query = q_first + position + (cu_seqlens_q == 0).to(tl.int32) * item * sq_capacity
-        group, group_first = find_row(query, pointer(bounds, tl.int32, 1), groups)
+        group = 0
+        group_first = 0
+        if groups > 1:
+            group, group_first = find_row(query, pointer(bounds, tl.int32, 1), groups)
         group_row = (query - group_first) * fold + folded
         group_tile = group_row // BLOCK_M
+        group_row -= group_tile * BLOCK_M
+        first, n = states_of(group, group_tile, units, prefix)
         merged = (tl.zeros([WIDTH], tl.float32), float("-inf"), 0.0)
-        merged = add_tile(
-            merged, group, group_tile, unit, group_row - group_tile * BLOCK_M, units, prefix, column, HEAD_DIM_V,
-            state_width, STATES,
-        )  # fmt: skip
-        merged = add_tile(
-            merged, item, tile, unit, row, units, own, column, HEAD_DIM_V, state_width, STATES
-        )  # fmt: skip
+        for s0 in range(0, n + own_n, STATES):
+            s = s0 + tl.arange(0, STATES)
+            of_prefix = rows_of(s, first, n, group, group_tile, unit, group_row, units, prefix)
+            of_own = rows_of(s - n, own_first, own_n, item, tile, unit, row, units, own)
+            at = tl.where(
+                s < n, of_prefix * aligned(state_width, 8), own_at + of_own * aligned(state_width, 8)
+            )
+            lse_at = tl.where(s < n, of_prefix, own_lses_at + of_own)
+            merged = add_states(
+                merged, prefix_states, prefix_state_lses, at, lse_at, s < n + own_n, column, HEAD_DIM_V
+            )
         result, lse = finish_row(merged)
         head = (unit * fold + folded).to(tl.int64)
         place = (q_first + position).to(tl.int64)

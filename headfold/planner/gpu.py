@@ -57,7 +57,7 @@ def plan_gpu(p: Problem, device: Device, given: Tile | str | None = None) -> Pla
     gluon = given
     if gluon is None:
         streamed = not why and form in ("stream", "pages")
-        gluon = hopper_decode.decode_tile(p, device, tile_rows, streamed)
+        gluon = hopper_decode.decode_tile(p, device, tile_rows, units, streamed)
     tile = gluon if isinstance(gluon, Tile) else tile_of(p, device, form, tile_rows)
     if gluon and not isinstance(gluon, Tile):
         reasons.append(gluon)

@@ -22,13 +22,25 @@ TRITON_ROWS = 16
 # d128 b16 s8192 in pages of 8 133.1 and 128.3, of 16 129.3 and 127.9; 64 ragged sequences 357.1 and 344.2, 345.1 and 344.3;
 # 64:8 d64 b16 in pages of 16 73.1 and 71.1; but b2 s4096 in pages of 16 11.3 and 12.1.
 SMALL_BOX = 4 << 10
+# The same where a program has its multiprocessor to itself, for rows of up to 128 bytes: 64:8 d64 b16 s8192 in pages of 16,
+# boxes of 2 KB, takes 67.8 us in boxes and 68.9 copied. Longer rows are copied always. In boxes and copied: 32:8 d128 b16 s8192
+# in pages of 16 127.0 and 124.4, of 64 124.4 and 123.7, of 128 123.3 and 123.5; 96:8 b4 s65536 in pages of 64 248.0 and 244.3;
+# 32 ragged sequences in pages of 64 151.9 and 149.7.
+SMALL_BOX_OF_SHORT_ROWS = 1 << 10
+SHORT_ROW = 128
 # Bytes of a block of K and V of which two programs of a multiprocessor have three buffers each.
 TWIN_BYTES = 32 << 10
+# Sequences a range up to which few rows have one program a multiprocessor. With two each is cut in more parts, which must be
+# merged, and blocks are half as long; with one nothing hides where a sequence ends. On an H200, 32:8 d128, us, with two and
+# with one: 16 of 8192 keys in rows 125.5 and 121.4, in pages of 16 127.8 and 124.4, 16 of 1024 22.5 and 20.7, 32 of 8192 242.3
+# and 237.8; 8 to 32 ragged ones in pages of 16 47.5 and 47.4, 77.0 and 77.4, 147.8 and 148.1; 64 ragged ones 326.4 and 330.9,
+# 256 of 128 keys 56.4 and 69.8.
+ALONE = 2
 MOST_STAGES = 6
 
 
-def decode_tile(p: Problem, device: Device, rows: int, streamed: bool = False) -> Tile | str:
-    """The decode kernel's tile for `rows` folded rows a sequence, or the reason why the Triton kernel takes them.
+def decode_tile(p: Problem, device: Device, rows: int, units: int, streamed: bool = False) -> Tile | str:
+    """The decode kernel's tile for `rows` folded rows of each of `units` head units, or why the Triton kernel takes them.
 
     Empty where there is nothing to say: few rows that are not `streamed`, and other GPUs.
     """
@@ -45,7 +57,12 @@ def decode_tile(p: Problem, device: Device, rows: int, streamed: bool = False) -
         return ""
     if reason:
         return f"the Triton kernel, not the Gluon one, {reason}"
-    return twin_tile(p, device, rows) if few else decode_tile_of(p, device, rows, consumers, keys)
+    if not few:
+        return decode_tile_of(p, device, rows, consumers, keys)
+    ranges = max(1, device.sms - p.sm_margin) // units
+    if p.batch <= ALONE * ranges:
+        return decode_tile_of(p, device, rows, 1, keys, boxes=not copies_rows(p, keys, alone=True))
+    return twin_tile(p, device, rows)
 
 
 def beside_tile(p: Problem, device: Device, rows: int) -> Tile | None:
@@ -85,9 +102,17 @@ def twin_tile(p: Problem, device: Device, rows: int, copies: bool = True) -> Til
     d, dv = decode_columns(p)
     fitting = [n for n in (128, 64) if n * (d + dv) * p.dtype.itemsize <= TWIN_BYTES]
     keys, resident = (fitting[0], 2) if fitting else (decode_keys(p), 1)
-    small = p.kv_layout == "paged" and page_rows(p, keys) * p.head_dim * p.dtype.itemsize <= SMALL_BOX
-    copied = copies and small and FAR_CACHE not in p.extras
-    return decode_tile_of(p, device, rows, 1, keys, resident, boxes=not copied)
+    return decode_tile_of(p, device, rows, 1, keys, resident, boxes=not (copies and copies_rows(p, keys)))
+
+
+def copies_rows(p: Problem, keys: int, alone: bool = False) -> bool:
+    """Whether rows of few queries' pages are copied though boxes could bring them, to a program that is `alone` or is not."""
+    if p.kv_layout != "paged" or FAR_CACHE in p.extras:
+        return False
+    row = p.head_dim * p.dtype.itemsize
+    if alone and row > SHORT_ROW:
+        return True
+    return page_rows(p, keys) * row <= (SMALL_BOX_OF_SHORT_ROWS if alone else SMALL_BOX)
 
 
 def decode_tile_of(

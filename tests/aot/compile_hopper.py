@@ -149,10 +149,21 @@ def decodes() -> dict[str, Inputs]:
                 found[f"decode d{d}/{dv} tiles of {rows}, {pages}"] = x
     for d, sizes in ((64, (0, 16, 64)), (128, (0, 1, 64)), (256, (1, 16))):
         for page_size in sizes:
-            x = paged(d, d, page_size) if page_size else call(d, d, length=4096)
-            x.q, x.seqused_k = x.q[:, :1], torch.empty(2, dtype=torch.int32)
-            found[f"decode d{d}/{d} few rows, {f'pages of {page_size}' if page_size else 'rows'}"] = x
+            pages = f"pages of {page_size}" if page_size else "rows"
+            found[f"decode d{d}/{d} few rows, {pages}"] = few_rows(d, page_size, 2)
+            if d < 256:  # two programs a multiprocessor
+                found[f"decode d{d}/{d} few rows of many, {pages}"] = few_rows(d, page_size, 200)
     return found
+
+
+def few_rows(d: int, page_size: int, batch: int) -> Inputs:
+    x = paged(d, d, page_size) if page_size else call(d, d)
+    x.q, x.seqused_k = torch.empty(batch, 1, 8, d, dtype=x.q.dtype), torch.empty(batch, dtype=torch.int32)
+    if page_size:
+        x.page_table = torch.empty(batch, 4096 // page_size, dtype=torch.int32)
+    else:
+        x.k = x.v = torch.empty(batch, 4096, 2, d, dtype=x.q.dtype)
+    return x
 
 
 def compiled_decode(x: Inputs) -> tuple[Plan, Any]:

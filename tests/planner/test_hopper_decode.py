@@ -86,10 +86,11 @@ def test_two_consumers_copy_no_rows() -> None:
         (64, 64, 64),
     ],
 )
-def test_few_rows_of_a_cache_run_two_programs_a_multiprocessor(d: int, page_size: int, box: int) -> None:
+def test_many_sequences_of_few_rows_run_two_programs_a_multiprocessor(
+    d: int, page_size: int, box: int
+) -> None:
     """In blocks of 32 KB of K and V, and rows as pages: the same bits. Small boxes are copied row by row."""
-    pages: dict[str, Any] = {"kv_layout": "paged", "page_size": page_size} if page_size else {}
-    p = decode(1, head_dim=d, head_dim_v=d, lengths_on_device=True, **pages)
+    p = replace(few_rows(d, page_size), batch=33, total_q=33, total_k=33 * 8192)
     plan = make_plan(p, H200)
     assert (plan.backend, plan.kernel, plan.block_m, plan.resident) == ("hopper", "decode", 16, 2)
     assert (plan.block_n, plan.num_stages, plan.ranges) == (128 * 64 // d, 3, 33)
@@ -97,6 +98,41 @@ def test_few_rows_of_a_cache_run_two_programs_a_multiprocessor(d: int, page_size
     assert plan.shared_memory <= H200.smem // 2
     assert make_plan(replace(p, featured=True, extras=("a sink",)), H200).backend == "triton"
     assert make_plan(replace(p, num_splits=2), H200).backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("d", "page_size", "box"),
+    [
+        (128, 0, 0),
+        (128, 1, 1),
+        (128, 16, 1),
+        (128, 32, 1),
+        (128, 256, 1),
+        (256, 16, 1),
+        (64, 8, 1),
+        (64, 16, 16),
+        (64, 32, 32),
+    ],
+)
+def test_up_to_two_sequences_a_range_have_one_program_a_multiprocessor(
+    d: int, page_size: int, box: int
+) -> None:
+    """Pages are copied row by row, but boxes of short rows."""
+    p = few_rows(d, page_size)
+    plan = make_plan(p, H200)
+    keys, stages = {64: (128, 6), 128: (128, 3), 256: (64, 3)}[d]
+    assert (plan.backend, plan.block_m, plan.block_n, plan.resident) == ("hopper", 16, keys, 1)
+    assert (plan.num_stages, plan.ranges, plan.even_ranges) == (stages, 16, 16)
+    assert plan.page_rows == box
+    assert make_plan(replace(p, batch=32, total_q=32), H200).resident == 1
+    assert make_plan(replace(p, sm_margin=12), H200).ranges == 15
+    assert make_plan(replace(p, num_kv_heads=1), H200).resident == 1
+
+
+def few_rows(d: int, page_size: int) -> Problem:
+    """16 sequences of 4 folded rows, whose lengths the device knows."""
+    pages: dict[str, Any] = {"kv_layout": "paged", "page_size": page_size} if page_size else {}
+    return decode(1, head_dim=d, head_dim_v=d, lengths_on_device=True, **pages)
 
 
 def test_fixed_splits_keep_their_kernel() -> None:

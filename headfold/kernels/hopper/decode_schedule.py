@@ -4,14 +4,19 @@ Scalar functions are the same ones. Those over the list of sequences are written
 """
 
 from headfold.kernels.hopper.compat import gl, gluon
-from headfold.kernels.hopper.schedule import one_each
 from headfold.kernels.hopper.spans import EDGE
 from headfold.kernels.parts.division import divide
 from headfold.kernels.parts.schedule import count_blocks, ends_of, look_up
 from headfold.kernels.parts.spans import find_sequence
 
-CHUNK = gl.constexpr(128)  # sequences that a program looks at at a time
-FEW = gl.constexpr(32)  # sequences that each warp looks at for itself
+CHUNK = gl.constexpr(64)  # sequences that a program looks at at a time
+FEW = gl.constexpr(32)  # sequences that a program looks at once
+
+
+@gluon.constexpr_function
+def to_each_warp(count):
+    """A layout of `count` elements that every warp has: no warp waits for another one's sums."""
+    return gl.BlockedLayout([count // 32], [32], [4], [0])
 
 
 @gluon.jit
@@ -37,7 +42,7 @@ def list_costs(
 
     PADDED, below too: lengths[4] says how many keys of each sequence come before its first one.
     """
-    i = first + gl.arange(0, MANY, one_each(4))
+    i = first + gl.arange(0, MANY, to_each_warp(MANY))
     _, sq, _, _, _, _, low, high = look_up(
         gl.minimum(i, batch - 1), first_row, lengths, fold, band, BLOCK_M, PADDED
     )

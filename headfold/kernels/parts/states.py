@@ -33,15 +33,16 @@ def store_state(
 
 
 @triton.jit
-def add_states(merged, states, state_lses, at, live, width, column, columns):
-    """`merged`, a row's (accumulator, maximum, sum), with its states in the rows `at` added, where they are `live`.
+def add_states(merged, states, state_lses, at, lse_at, live, column, columns):
+    """`merged`, a row's (accumulator, maximum, sum), with states added where they are `live`.
 
-    states (rows of `width` floats, of which the first `columns` count) and state_lses are addresses.
+    states and state_lses are addresses: `at` is where each state's floats begin, of which the first `columns` count, `lse_at`
+    where its LSE is.
     """
     acc, top, total = merged
-    lse = tl.load(pointer(state_lses, tl.float32, 1) + at, mask=live, other=float("-inf"))
+    lse = tl.load(pointer(state_lses, tl.float32, 1) + lse_at, mask=live, other=float("-inf"))
     lse *= 1.4426950408889634
-    where = (at * aligned(width, 8))[:, None] + column[None, :]
+    where = at[:, None] + column[None, :]
     there = live[:, None] & (column < columns)[None, :]
     values = tl.load(pointer(states, tl.float32, 4) + where, mask=there, other=0.0)
     new_top = tl.maximum(top, tl.max(lse, 0))
