@@ -5,6 +5,8 @@ Between a call and its launches lie the arguments' meaning, PyTorch's dispatcher
 order, and from which of the call's tensors, or of each other's results, every input of theirs was taken. A later call with
 the same facts runs them again on its own tensors.
 
+What a call came to is found by its facts, or in less time by what PyTorch's C++ compares: see `recent.py`.
+
 Only what a call's facts decide is kept. A call that took anything else than its own tensors to an operator, such as a view
 or a tensor made on the way, is not; nor is any within torch.compile, a mode, a transform, a profiler or HEADFOLD_CHECK=1,
 for which the dispatcher is there.
@@ -21,7 +23,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 
-from headfold import backends, prepared
+from headfold import backends, prepared, recent
 from headfold.values import value_checks_enabled
 
 P = ParamSpec("P")
@@ -61,10 +63,14 @@ class _Taped(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Tape:
-    """The operators of a call, and what it returns. Sources number the call's tensors, and then the operators' results."""
+    """The operators of a call, and what it returns. Sources number the call's tensors, and then the operators' results.
+
+    `direct` is what it comes to from its tensors and their addresses alone, where that is known.
+    """
 
     steps: tuple[_Taped, ...]
     result: int | tuple[int, ...]
+    direct: Callable[[Sequence[torch.Tensor], Sequence[int]], Any] | None
 
     def play(self, tensors: list[Any]) -> Any:
         for kind, fields, places, again, wants, into in self.steps:
@@ -100,10 +106,14 @@ def kept(public: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling() or _notes.steps is not None or not _is_eager():
             return public(*args, **kwargs)
+        result = recent.run(name, args, kwargs)
+        if result is not None:
+            return cast("R", result)
         tensors: list[torch.Tensor] = []
         facts = _facts_of(name, args, kwargs, tensors)
         tape = None if facts is None else prepared.find(facts)
         if tape:
+            recent.keep(name, args, kwargs, tape.direct or (lambda tensors, _: tape.play([*tensors])))
             return cast("R", tape.play(tensors))
         if tape is False or facts is None:
             return public(*args, **kwargs)
@@ -181,4 +191,16 @@ def _tape_of(tensors: list[torch.Tensor], steps: Sequence[Step | None], result: 
     returned = tuple(source_of(t) for t in several)
     if -1 in used or -1 in returned or not used.issuperset(range(len(tensors))):
         return None
-    return _Tape(tuple(found), returned if isinstance(result, tuple) else returned[0])
+    direct = _direct_of(steps[0], found[0], len(tensors), returned) if len(found) == 1 else None
+    return _Tape(tuple(found), returned if isinstance(result, tuple) else returned[0], direct)
+
+
+def _direct_of(step: Any, taped: _Taped, count: int, returned: tuple[int, ...]) -> Any:
+    """What a call of `count` tensors and one operator comes to without inputs, if the operator can be run like that."""
+    make = getattr(step.again, "direct", None)
+    out = count if taped.into < 0 else taped.into
+    if make is None or returned != (out, count + 1)[: 1 + (True in taped.wants)]:
+        return None
+    names = [field.name for field in dataclasses.fields(step.inputs)]
+    sources = {names[i]: source for i, source in taped.places}
+    return make(step.inputs, sources, count, *taped.wants, taped.into)

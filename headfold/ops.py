@@ -18,6 +18,7 @@ from headfold.features import check_features
 from headfold.kept_calls import Step, note
 from headfold.merge import check_combine, combine_shapes, run_combine
 from headfold.problem import Inputs, check, check_out
+from headfold.results import IntoGiven, IntoNew
 from headfold.values import check_values, value_checks_enabled
 
 ARGS = (
@@ -79,24 +80,10 @@ def compute(x: Inputs, way: Way) -> tuple[torch.Tensor, torch.Tensor]:
     if value_checks_enabled():
         way.check_values(x)
     if run is None:
-        run = prepared.keep(facts, into_new_results(x, way.prepare(x, *empty_results(x))))
+        run = prepared.keep(facts, IntoNew(x, way.prepare(x, *empty_results(x))))
     results: tuple[torch.Tensor, torch.Tensor] = run(x)
     note(Step(x, results, run, lse=True))
     return results
-
-
-def into_new_results(x: Inputs, launch: Runner) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """What has `launch` compute inputs that look like x into new results; the LSE only where it is wanted."""
-    out_shape, lse_shape = x.out_shape, x.lse_shape
-    like_q = out_shape == tuple(x.q.shape) and x.q.is_contiguous()  # 0.5 us less to ask for
-
-    def run(x: Inputs, want_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-        out = torch.empty_like(x.q) if like_q else x.q.new_empty(out_shape)
-        lse = x.q.new_empty(lse_shape, dtype=torch.float32) if want_lse else None
-        launch(x, out, lse)
-        return out, lse
-
-    return run
 
 
 def _attention_fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,20 +123,7 @@ def _attention_out(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: A
 def compute_into(x: Inputs, out: torch.Tensor, lse: torch.Tensor, way: Way) -> None:
     """`attend` as an operator does it."""
     launch = attend(x, out, lse, way)
-    note(Step(x, (out, lse), into_given_out(launch, lse.shape), into=out, lse=True))
-
-
-def into_given_out(
-    launch: Runner, lse_shape: torch.Size
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """What has `launch` compute into an output that is given; the LSE only where it is wanted."""
-
-    def run(x: Inputs, want_lse: bool, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        lse = x.q.new_empty(lse_shape, dtype=torch.float32) if want_lse else None
-        launch(x, out, lse)
-        return out, lse
-
-    return run
+    note(Step(x, (out, lse), IntoGiven(launch, lse.shape), into=out, lse=True))
 
 
 def _attention_out_fake(*args: Any, out: torch.Tensor, lse: torch.Tensor, **kwargs: Any) -> None:

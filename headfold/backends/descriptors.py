@@ -7,7 +7,8 @@ descriptor anew: on the host of an H200 a call took 53 us, one without descripto
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from headfold.kernels.hopper.compat import TensorDescriptor
 
 # Places that are remembered at a time: K and V of more layers than models have.
 MOST = 1024
+
+MAP_BYTES = 128  # of a CUtensorMap
+# Bytes of Triton's object that holds one, behind Python's header and at its alignment of 64 or 128.
+_HOLDERS = (64 + MAP_BYTES, 128 + MAP_BYTES)
 
 
 class Place:
@@ -39,6 +44,7 @@ class Descriptors:
     def __init__(self, like: TensorDescriptor) -> None:
         self._like = vars(like) | {"base": None}
         self._made: dict[int, TensorDescriptor] = {}
+        self._maps: dict[int, tuple[int, Any]] = {}
 
     def __call__(self, t: torch.Tensor) -> TensorDescriptor:
         """The descriptor of `t`. Its constructor takes 25 times as long, to check what `like` was checked for."""
@@ -51,12 +57,51 @@ class Descriptors:
             vars(made).update(self._like, base=Place(t))
         return made
 
+    def map_of(self, t: torch.Tensor, meta: Any) -> tuple[int, Any] | None:
+        """(address, owner) of the tensor map of `t`: made by Triton, and alive as long as its owner.
+
+        None where Triton's object is not as expected. `meta` is that of the one kernel that takes these descriptors.
+        """
+        at = t.data_ptr()
+        found = self._maps.get(at)
+        if found is None:
+            owner = _expanded(self(t), meta)[0]
+            if type(owner).__name__ != "PyCUtensorMap" or type(owner).__basicsize__ not in _HOLDERS:
+                return None
+            if len(self._maps) == MOST:
+                self._maps.clear()
+            found = self._maps[at] = id(owner) + type(owner).__basicsize__ - MAP_BYTES, owner
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """What stands before a decode kernel's other arguments: descriptors of K and V, where it takes any, and numbers."""
+
+    numbers: tuple[int | None, ...] = ()
+    k: Descriptors | None = None
+    v: Descriptors | None = None
+
+    def of(self, k: torch.Tensor, v: torch.Tensor) -> tuple[Any, ...]:
+        """For a call with this K and V."""
+        if self.k is None or self.v is None:
+            return self.numbers
+        return self.k(k), self.v(v), *self.numbers
+
+
+def metas_of(compiled: Any) -> Sequence[Any]:
+    """What Triton keeps of a compiled kernel's descriptors, in their order, to encode them."""
+    return getattr(compiled.metadata, "tensordesc_meta", None) or ()
+
 
 def _expanded(descriptor: TensorDescriptor, meta: Any) -> list[Any]:
     """The launch arguments that a descriptor stands for, of which one is its encoding; kept with it."""
     found = vars(descriptor).get("expanded")
     if found is None:
-        found = driver.make_tensordesc_arg(descriptor, meta)
+        make = driver.make_tensordesc_arg
+        # From 3.8 on it takes the launch's own arguments too, and does not look at them.
+        others = [None] * (len(inspect.signature(make).parameters) - 2)
+        found = make(descriptor, meta, *others)
         vars(descriptor)["expanded"] = found
     return found
 

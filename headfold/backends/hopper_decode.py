@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from headfold.backends.descriptors import Descriptors
+from headfold.backends.descriptors import Boxes, Descriptors
 from headfold.backends.hopper import by_head, cache_boxes
 from headfold.kernels.hopper.decode import COPYING_REGISTERS, REGISTERS, hopper_decode_kernel
 from headfold.planner.hopper_decode import CONSUMER_ROWS
@@ -18,7 +17,7 @@ SHARED = ("ELEMENT", "HEAD_DIM", "HEAD_DIM_V", "BLOCK_M", "BLOCK_N", "ALIGN", "E
 
 def program(
     plan: Plan, x: Inputs, constants: dict[str, Any], kernel: Any = hopper_decode_kernel
-) -> tuple[Any, Callable[[Inputs], tuple[Any, ...]], dict[str, Any], dict[str, Any]]:
+) -> tuple[Any, Boxes, dict[str, Any], dict[str, Any]]:
     """(kernel, the arguments before those of the Triton kernel, compile-time arguments, Triton's options)."""
     variant = {name: constants[name] for name in SHARED}
     consumers = max(1, plan.block_m // CONSUMER_ROWS)
@@ -35,19 +34,9 @@ def program(
     k_boxes, v_boxes, *page_groups = cache_boxes(plan, by_head(x.k), by_head(x.v))
     variant["GROUPED"] = any(page_groups)
     if k_boxes is None or v_boxes is None:  # rows are copied
-        return kernel, _no_boxes, variant, options
-    at_k, at_v = Descriptors(k_boxes), Descriptors(v_boxes)
+        return kernel, Boxes((None, None, 0, 0, 0)), variant, options
     numbers = (plan.block_n // (plan.page_rows or plan.block_n), *page_groups)
-
-    def first(x: Inputs) -> tuple[Any, ...]:
-        return at_k(x.k), at_v(x.v), *numbers
-
-    return kernel, first, variant, options
-
-
-def _no_boxes(x: Inputs) -> tuple[Any, ...]:
-    """The arguments before those of the Triton kernel where no box is fetched."""
-    return None, None, 0, 0, 0
+    return kernel, Boxes(numbers, Descriptors(k_boxes), Descriptors(v_boxes)), variant, options
 
 
 def no_arguments(x: Inputs) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ def prepare(
         assert x.page_table is not None
         launch(
             (
-                *(*boxes(x), x.q.data_ptr(), whole.gap, *units, *fold, *by_group, *after),
+                *(*boxes.of(x.k, x.v), x.q.data_ptr(), whole.gap, *units, *fold, *by_group, *after),
                 *(address(x.cu_seqlens_q), address(x.seqused_k), pads.data_ptr()),
                 *(x.page_table.data_ptr(), x.page_table.stride(0), x.batch, capacity, *own),
                 *(plan.own.weight, *own_states, strides[0], strides[1], right),

@@ -13,8 +13,9 @@ import triton.language as tl
 from headfold.appending import AppendingInputs
 from headfold.backends import Runner, besides, hopper_decode
 from headfold.backends.besides import OPEN_SIDE, address, division
+from headfold.backends.decode_calls import Decode
+from headfold.backends.descriptors import Boxes
 from headfold.backends.launch import Launcher
-from headfold.backends.workspace import workspace
 from headfold.kernels.decode import decode_kernel
 from headfold.kernels.mask_blocks import mask_blocks_kernel
 from headfold.kernels.merge import merge_kernel
@@ -49,14 +50,7 @@ def prepare(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Runn
     """
     if plan.kernel == "prefill":
         return _prefill(plan, x, out, lse)
-    start, finish = prepare_decode(plan, x, out, lse)
-    if finish is None:
-        return start
-
-    def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-        finish(start(x, out, lse))
-
-    return run
+    return decode_of(plan, x, out, lse)
 
 
 def out_strides(x: Inputs, t: torch.Tensor) -> tuple[int, int, int]:
@@ -195,6 +189,12 @@ def prepare_decode(
 
     The second takes what the first returns.
     """
+    decode = decode_of(plan, x, out, lse)
+    return decode.start, None if decode.merge is None else decode.finish
+
+
+def decode_of(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Decode:
+    """What runs a decode and merges its states, for calls that look like (x, out, lse)."""
     items = plan.tiles // max(1, plan.tiles_per_sequence)  # sequences, or packed tiles
     lanes = plan.lanes
     width, rows, count = 0, 0, 0
@@ -235,9 +235,7 @@ def prepare_decode(
         *scales(x),
         chunk,
     )
-    unwanted = lse.numel()  # floats where an LSE goes that nobody asked for
-    kernel = decode_kernel
-    boxes: Callable[[Inputs], tuple[Any, ...]] = _no_boxes
+    kernel, boxes = decode_kernel, Boxes()
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
     feature_arguments: Callable[[Inputs], tuple[int, ...]] = besides.no_features
     if plan.appends and not plan.featured and x.rotary_cos is not None:
@@ -249,41 +247,31 @@ def prepare_decode(
         feature_arguments = new_tokens = hopper_decode.no_arguments
     ranges = plan.ranges or items * plan.num_splits
     launch = Launcher(kernel, (ranges * lanes,), variant, options, x.q.device)
-    if not plan.workspace:
-
-        def run_whole(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-            lse = workspace(x.q, unwanted) if lse is None else lse
-            tensors = _tensors(x, out, lse.data_ptr(), x.early_lengths)
-            launch((*boxes(x), *tensors, *before, 0, 0, *after, *feature_arguments(x), *new_tokens(x)))
-
-        return run_whole, None
-
-    merge = _merge(plan, x, variant, items * lanes, rows)
     merge_before = (*capacities, *growth, *schedule, *cuts, *extents)
     merge_after = (*fold, *results, *sides, chunk)
 
-    size = count * (width + 1)
+    def others(x: Inputs) -> tuple[int, ...]:
+        return *feature_arguments(x), *new_tokens(x)
 
-    def start(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> tuple[torch.Tensor, tuple[int, ...]]:
-        memory = workspace(x.q, size if lse is not None else size + unwanted)
-        states = memory.data_ptr()
-        state_lses = states + 4 * count * width
-        lse_at = states + 4 * size if lse is None else lse.data_ptr()
-        tensors = _tensors(x, out, lse_at, x.early_lengths)
-        features = (*feature_arguments(x), *new_tokens(x))
-        launch((*boxes(x), *tensors, *before, states, state_lses, *after, *features))
-        leftpad = address(x.cache_leftpad)
-        return memory, (*tensors[3:9], leftpad, *merge_before, states, state_lses, *merge_after)
+    def arguments(
+        boxes: tuple[Any, ...], tensors: tuple[int, ...], states: tuple[int, ...], others: tuple[int, ...]
+    ) -> tuple[Any, ...]:
+        return *boxes, *tensors, *before, *states, *after, *others
 
-    def finish(started: tuple[torch.Tensor, tuple[int, ...]]) -> None:
-        merge(started[1])
+    def merge_arguments(tensors: tuple[int, ...], leftpad: int, states: tuple[int, ...]) -> tuple[int, ...]:
+        return *tensors[3:9], leftpad, *merge_before, *states, *merge_after
 
-    return start, finish
-
-
-def _no_boxes(x: Inputs) -> tuple[Any, ...]:
-    """What stands before the arguments of the Triton kernel."""
-    return ()
+    return Decode(
+        launch=launch,
+        arguments=arguments,
+        boxes=boxes,
+        besides=others,
+        merge=_merge(plan, x, variant, items * lanes, rows) if plan.workspace else None,
+        merge_arguments=merge_arguments,
+        state_floats=count * width,
+        floats=count * (width + 1),
+        unwanted=lse.numel(),
+    )
 
 
 def _reads_late(x: Inputs) -> bool:
@@ -328,8 +316,8 @@ def _rows(x: Inputs) -> int:
     return capacity if x.max_seqlen_q is None else min(x.max_seqlen_q, capacity)
 
 
-def _tensors(x: Inputs, out: torch.Tensor, lse: int, lengths: torch.Tensor | None = None) -> tuple[int, ...]:
-    """`Q` to `page_table` of the kernels, with the LSE at address `lse` and `lengths` in the place of seqused_k."""
+def _tensors(x: Inputs, out: torch.Tensor, lse: int) -> tuple[int, ...]:
+    """`Q` to `page_table` of the prefill kernel, with the LSE at address `lse`."""
     return (
         x.q.data_ptr(),
         x.k.data_ptr(),
@@ -339,7 +327,7 @@ def _tensors(x: Inputs, out: torch.Tensor, lse: int, lengths: torch.Tensor | Non
         address(x.cu_seqlens_q),
         address(x.cu_seqlens_k),
         address(x.seqused_q),
-        address(x.seqused_k if lengths is None else lengths),
+        address(x.seqused_k),
         address(x.page_table),
     )
 

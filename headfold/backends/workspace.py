@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
-from triton.runtime import driver
+
+from headfold.backends.launch import current_stream
 
 # Floats of the largest workspace that is kept: a decode that fills an H200 needs a quarter of it. Others come and go.
 MOST = 4 << 20
+
+# torch.cuda.is_current_stream_capturing() without the call in between.
+_is_capturing: Callable[[], bool] = getattr(
+    torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
+)
 
 
 class _Kept(threading.local):
@@ -27,12 +34,18 @@ def workspace(like: torch.Tensor, floats: int) -> torch.Tensor:
     Their contents are whatever an earlier call left. A call that is captured into a graph gets memory of the graph's own:
     replays may run on any stream, beside anything.
     """
-    if floats > MOST or not like.is_cuda or torch.cuda.is_current_stream_capturing():
-        return like.new_empty(floats, dtype=torch.float32)
+    if not like.is_cuda:
+        return workspace_on(None, 0, like, floats)
     index = like.device.index
-    key = (index, driver.active.get_current_stream(index))
-    buffer = _kept.buffers.get(key)
+    return workspace_on(index, current_stream(index), like, floats)
+
+
+def workspace_on(index: int | None, stream: int, like: torch.Tensor, floats: int) -> torch.Tensor:
+    """The same, on a GPU's current stream; without an index on the CPU."""
+    if index is None or floats > MOST or _is_capturing():
+        return like.new_empty(floats, dtype=torch.float32)
+    buffer = _kept.buffers.get((index, stream))
     if buffer is None or buffer.numel() < floats:
         # What the smaller one holds may still be read: the allocator gives it to later work of this stream alone.
-        buffer = _kept.buffers[key] = like.new_empty(floats, dtype=torch.float32)
+        buffer = _kept.buffers[index, stream] = like.new_empty(floats, dtype=torch.float32)
     return buffer

@@ -59,14 +59,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         def __exit__(self, *_: object) -> None:
             pass
 
-    stream = SimpleNamespace(get_current_stream=lambda index: 100 + index)
     hooks = SimpleNamespace(
         launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[])
     )
     state.hooks = hooks
-    monkeypatch.setattr(door, "_current_device", lambda: state.current)
+    monkeypatch.setattr(door, "current_device", lambda: state.current)
+    monkeypatch.setattr(door, "current_stream", lambda index: 100 + index)
     monkeypatch.setattr(torch.cuda, "device", Visit)
-    monkeypatch.setattr(door, "driver", SimpleNamespace(active=stream))
     monkeypatch.setattr(door, "knobs", SimpleNamespace(runtime=hooks))
     monkeypatch.setattr(door, "_compiled", {})
     return state
