@@ -33,6 +33,9 @@ GAP = 2
 # Keys that a fixed extent has at most where it can be halved: an extent is one program's. 16 sequences of 32:8 s8192 in extents
 # of 8192 keys take 142.9 us, 128 programs that have a multiprocessor each and cannot fill it; in extents of 2048 124.7.
 LONGEST_EXTENT = 2048
+# Why one sequence is cut into equal splits. 32:8 s8192 in pages of 16 takes 14.0 us in splits of the Gluon kernel, 15.0 in ranges,
+# 17.0 in splits of the Triton kernel; s1024 7.0, 8.1 and 8.8, 16:2 d256 s16384 14.9, 19.5 and 19.8.
+ONE_SEQUENCE = "there is one sequence"
 # The share of ranges that may be given up for even cuts: 16 sequences in 32 ranges of 33 1.07 x read, in 33 1.15.
 UNEVEN = 0.05
 
@@ -56,7 +59,7 @@ def plan_gpu(p: Problem, device: Device, given: Tile | str | None = None) -> Pla
     form, why = decode_form(p, device, fold, tile_rows)
     gluon = given
     if gluon is None:
-        streamed = not why and form in ("stream", "pages")
+        streamed = form in ("stream", "pages") and why in ("", ONE_SEQUENCE)
         gluon = hopper_decode.decode_tile(p, device, tile_rows, units, streamed)
     tile = gluon if isinstance(gluon, Tile) else tile_of(p, device, form, tile_rows)
     if gluon and not isinstance(gluon, Tile):
@@ -207,7 +210,7 @@ def not_streamed(p: Problem) -> str:
         if not p.lengths_on_device:
             return "the lengths are the same"
         if p.batch == 1:
-            return "there is one sequence"
+            return ONE_SEQUENCE
     if p.batch * (p.max_seqlen_k // 16 + GAP) >= 2**30:
         return "the list of all blocks would not fit 32 bits"
     return ""

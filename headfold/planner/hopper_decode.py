@@ -42,7 +42,7 @@ MOST_STAGES = 6
 def decode_tile(p: Problem, device: Device, rows: int, units: int, streamed: bool = False) -> Tile | str:
     """The decode kernel's tile for `rows` folded rows of each of `units` head units, or why the Triton kernel takes them.
 
-    Empty where there is nothing to say: few rows that are not `streamed`, and other GPUs.
+    Empty where there is nothing to say: few rows that are not `streamed`, cut by lengths that the device knows, and other GPUs.
     """
     if device.arch != (9, 0) or p.device_type == "cpu":
         return ""

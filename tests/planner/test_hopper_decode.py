@@ -129,6 +129,15 @@ def test_up_to_two_sequences_a_range_have_one_program_a_multiprocessor(
     assert make_plan(replace(p, num_kv_heads=1), H200).resident == 1
 
 
+@pytest.mark.parametrize("page_size", [0, 1, 16, 64])
+def test_one_sequence_whose_length_the_device_knows_is_cut_into_equal_splits(page_size: int) -> None:
+    p = replace(few_rows(128, page_size), batch=1, total_q=1, total_k=8192)
+    plan = make_plan(p, H200)
+    assert (plan.backend, plan.block_m, plan.resident) == ("hopper", 16, 1)
+    assert (plan.ranges, plan.num_splits) == (0, 16)
+    assert "there is one sequence" in " ".join(plan.reasons)
+
+
 def few_rows(d: int, page_size: int) -> Problem:
     """16 sequences of 4 folded rows, whose lengths the device knows."""
     pages: dict[str, Any] = {"kv_layout": "paged", "page_size": page_size} if page_size else {}
