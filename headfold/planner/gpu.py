@@ -33,8 +33,8 @@ GAP = 2
 # Keys that a fixed extent has at most where it can be halved: an extent is one program's. 16 sequences of 32:8 s8192 in extents
 # of 8192 keys take 142.9 us, 128 programs that have a multiprocessor each and cannot fill it; in extents of 2048 124.7.
 LONGEST_EXTENT = 2048
-# Why one sequence is cut into equal splits. 32:8 s8192 in pages of 16 takes 14.0 us in splits of the Gluon kernel, 15.0 in ranges,
-# 17.0 in splits of the Triton kernel; s1024 7.0, 8.1 and 8.8, 16:2 d256 s16384 14.9, 19.5 and 19.8.
+# Why one sequence is cut into equal splits. 32:8 s8192 in pages of 16 takes 14.0 us in splits of the Gluon kernel, 15.0 in
+# ranges, 17.0 in splits of the Triton kernel; s1024 7.0, 8.1 and 8.8, 16:2 d256 s16384 14.9, 19.5 and 19.8.
 ONE_SEQUENCE = "there is one sequence"
 # The share of ranges that may be given up for even cuts: 16 sequences in 32 ranges of 33 1.07 x read, in 33 1.15.
 UNEVEN = 0.05

@@ -19,10 +19,11 @@ from headfold.planner.plan import Plan
 from headfold.problem import Problem
 
 # How programs are shared out between prefixes and what follows them: the softmax of a score counts as so many operations of the
-# products, and what follows is read at so many times the even share of the bandwidth. On an H200, us, with 0.7, 1, 1.4, 2, 2.8
-# times: 64 sequences over 8192 shared keys with 512 of their own 85.4, 66.6, 58.0, 57.8, 62.3, with 1 to 1024 84.4, 84.8, 65.1,
-# 59.0, 59.0; 8 groups of 8 over 2048 82.8, 70.4, 64.6, 62.2, 63.5; 16 with 2048 behind 4096 57.5, 57.3, 49.7, 48.2, 48.8 (all
-# 32:8 d128). 32 of 64:8 d64 over 8192 34.4, 34.3, 31.1, 37.5, 37.5 where no score counted: there the softmax is half of it.
+# products, and what follows is read at so many times the even share of the bandwidth, but no block of it costs less than its
+# products, which have 64 rows however few there are. On an H200, us, with 0.7, 1, 1.4, 2, 2.8 times: 64 sequences over 8192
+# shared keys with 512 of their own 85.4, 66.6, 58.0, 57.8, 62.3, with 1 to 1024 84.4, 84.8, 65.1, 59.0, 59.0; 8 groups of 8
+# over 2048 82.8, 70.4, 64.6, 62.2, 63.5; 16 with 2048 behind 4096 57.5, 57.3, 49.7, 48.2, 48.8 (all 32:8 d128). 32 of 64:8 d64
+# over 8192, where products count, 27.8 with 1.4, 34.0 with 2.
 SOFTMAX = 386
 READS = 2.0
 
@@ -78,7 +79,7 @@ def plan_pair(p: Problem, device: Device, sizes: Sequence[int]) -> PairPlan | No
     scores = tile.rows * tile.keys
     products = scores * (2 * width + SOFTMAX) / (device.matmul_flops / device.sms)
     read = tile.keys * width * p.dtype.itemsize / (READS * device.bandwidth / device.sms)
-    weights = (read, products)
+    weights = (max(read, products), products)
     sequences = (p.batch, len(sizes))
 
     def part(i: int) -> Part:
