@@ -54,7 +54,9 @@ def test_both_lists_end_together(
     assert own_ranges == (programs - ranges * lanes) // own_lanes
 
     def end(ranges: int) -> float:
-        return max(total * weight / ranges, own_total * own_weight / ((programs - ranges * lanes) // own_lanes))
+        return max(
+            total * weight / ranges, own_total * own_weight / ((programs - ranges * lanes) // own_lanes)
+        )
 
     best = min(end(n) for n in range(1, (programs - own_lanes) // lanes + 1))
     assert end(ranges) <= best * (1 + 1e-5)
