@@ -16,17 +16,10 @@ from headfold.kernels.hopper.decode_few import attend_few
 from headfold.kernels.hopper.decode_schedule import share
 from headfold.kernels.hopper.layouts import GROUP_ROWS, accumulator, store_layout, weights_layout
 from headfold.kernels.hopper.products import operands
+from headfold.kernels.hopper.spans import hide
 from headfold.kernels.hopper.unseen import zero_outside
 from headfold.kernels.parts.division import divide
 from headfold.kernels.parts.spans import visible_keys
-
-
-@gluon.jit
-def hide(scores, row_low, row_high, key):
-    """`scores` of the block from `key` on, -inf where a row does not see the key."""
-    column = key + gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
-    seen = (column[None, :] >= row_low[:, None]) & (column[None, :] < row_high[:, None])
-    return gl.where(seen, scores, float("-inf"))
 
 
 @gluon.jit
@@ -120,7 +113,7 @@ def attend(
         fence_async_shared()
     unweighed = operands((v_buffers,), stage, BLOCK_N, TILE_DV)[0]
     zero_outside(unweighed, first, seen[0], seen[1], TILE_DV)
-    scores = hide(scores, row_low, row_high, first)
+    scores = hide(scores, (row_low, row_high), first, True)
     row_max, row_sum = softmax.begin(BLOCK_N)
     p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
     weights = gl.convert_layout(p.to(query.dtype), weights_layout(BLOCK_N))
@@ -143,7 +136,7 @@ def attend(
         mbarrier.arrive(k_free.index(stage), count=1)
         key = first + i * BLOCK_N
         if (key < full[0]) | (key + BLOCK_N > full[1]):
-            scores = hide(scores, row_low, row_high, key)
+            scores = hide(scores, (row_low, row_high), key, True)
         p, shrink, row_max, row_sum = softmax.step(scores, row_max, row_sum, scale_log2, True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_free.index(older), count=1)
