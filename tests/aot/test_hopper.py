@@ -22,11 +22,32 @@ VERSIONS = ("3.6.0", "3.9.0")
 STACK = {"3.6.0": 56, "3.9.0": 120}  # bytes that a thread puts aside for its tile loop
 # A pair's programs keep in registers what others read from their arguments: which of two it is is known at run time.
 KNOWN_STACK = {
-    "3.6.0": {"d256/256 pages of 1, softcap": 88, "pair d256/256 pages of 16": 448},
-    "3.9.0": {"d256/256 pages of 1, softcap": 136, "pair d256/256 pages of 16": 448},
+    "3.6.0": {
+        "d256/256 pages of 1": 64,
+        "d256/256 pages of 1, softcap": 120,
+        "pair d256/256 pages of 16": 448,
+    },
+    "3.9.0": {
+        "d256/256 pages of 1": 168,
+        "d256/256 pages of 1, softcap": 160,
+        "pair d256/256 pages of 16": 448,
+    },
 }
 # Local accesses in loops over blocks: Triton 3.9 puts numbers aside at the start that these programs read again.
-KNOWN_SPILLS: dict[str, dict[str, int]] = {"3.6.0": {}, "3.9.0": {"d256/256 pages of 8": 3}}
+KNOWN_SPILLS: dict[str, dict[str, int]] = {
+    "3.6.0": {},
+    "3.9.0": {
+        "d128/128 pages of 1": 1,
+        "d128/128 pages of 1, left window": 1,
+        "d64/64 pages of 1, softcap": 1,
+        "d128/128 pages of 1, softcap": 1,
+        "d256/256 pages of 1": 13,
+        "d256/256 pages of 1, softcap": 13,
+        "d256/256 pages of 8": 3,
+        "decode d128/128 few rows, pages of 1": 6,
+        "decode d128/128 few rows, pages of 64": 6,
+    },
+}
 
 # Boxes of 4 KB and less are copied, and all but short rows where a program has its multiprocessor to itself.
 COPYING_DECODES = {

@@ -23,12 +23,13 @@ WARPS = gl.constexpr(4)
 
 
 @gluon.jit
-def find_rows(pages, entry, row, start, end):
-    """(page, row in the page) of keys, `row` of the sequence a lane each; page -1 for those outside [start, end).
+def find_rows(pages, entry, key, start, end, BLOCK_N: gl.constexpr):
+    """(page, row in the page) of the keys from `key` on, a lane each; page -1 for those outside [start, end).
 
     What the table says of keys that left the window, or past the end, may be anything.
     """
     table, stride, page_size, _ = pages
+    row = key + gl.arange(0, BLOCK_N, one_each(WARPS))
     number = row // page_size
     live = (row >= start) & (row < end)
     page = gl.load(table + entry * stride + number, mask=live, other=-1)
@@ -36,11 +37,11 @@ def find_rows(pages, entry, row, start, end):
 
 
 @gluon.jit
-def locate_rows(found, first, strides, dtype: gl.constexpr):
-    """Where the rows found begin, in units of 16 bytes, behind place `first`; -1 for none."""
+def locate_rows(places, found, strides):
+    """Write down where the rows found begin, in units of 16 bytes; -1 for none."""
     page, row = found
-    place = page.to(gl.int64) * strides[0] + row.to(gl.int64) * strides[1] + first
-    return gl.where(page >= 0, place, -1).to(dtype)
+    place = page.to(gl.int64) * strides[0] + row.to(gl.int64) * strides[1]
+    places.store(gl.where(page >= 0, place, -1).to(places.dtype))
 
 
 @gluon.jit
@@ -106,51 +107,41 @@ def produce_rows(
         start, low, blocks = tile_blocks(
             first, ROWS * GROUPS, sq, sk, (sk - sq) * bottom_right, window, BLOCK_N, LEFT
         )
-        first_key = start if LEFT else 0
-        row = low + (blocks - 1) * BLOCK_N + gl.arange(0, BLOCK_N, one_each(WARPS))
-        rows = find_rows(pages, entry, row, first_key, sk)
+        rows = find_rows(pages, entry, low + (blocks - 1) * BLOCK_N, start, sk, BLOCK_N)
+        # Not `rows`: what the first pass over a loop leaves as it is, Triton takes for a constant of the loop.
+        older = find_rows(pages, entry, 0, 0, 0, BLOCK_N)
         for c in gl.static_range(GROUPS):
             mbarrier.wait(q_free.index(c), (turn & 1) ^ 1)
             mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
             tma_load(
                 q_desc, [q_batch, head, q_first + first + c * ROWS, 0], q_full.index(c), q_buffers[0].index(c)
             )
-        # Part of a place, not of a pointer of K and V each, which would be two registers more.
-        k_first = (head // group) * k_strides[2]
-        v_first = (head // group) * v_strides[2]
-        older = gl.full([BLOCK_N], -1, v_places.dtype, one_each(WARPS))
-        begin = 0
-        end = gl.minimum(blocks, STAGES) + 1
-        # The next tile is asked for between blocks, outside of the loop over them: in it, what that needs would take
-        # registers of every block, and some 30 instructions.
-        for part in range(2):
-            for i in range(begin, end):
-                k_places.store(locate_rows(rows, k_first, k_strides, k_places.dtype))
-                v_places.store(older)
-                older = locate_rows(rows, v_first, v_strides, v_places.dtype)
-                barrier()
-                stage = (count + i) % STAGES
-                value = (count + i - 1) % VALUES
-                if i < blocks:
-                    copy_rows(
-                        K, k_places, matrix(k_buffers[0].index(stage), BLOCK_N, HEAD_DIM), k_free.index(stage),
-                        (((count + i) // STAGES) & 1) ^ 1, COLUMNS_K,
-                    )  # fmt: skip
-                    async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
-                row -= BLOCK_N
-                rows = find_rows(pages, entry, row, first_key, sk)
-                if i > 0:
-                    copy_rows(
-                        V, v_places, matrix(v_buffers[0].index(value), BLOCK_N, HEAD_DIM_V), v_free.index(value),
-                        (((count + i - 1) // VALUES) & 1) ^ 1, COLUMNS_V,
-                    )  # fmt: skip
-                    async_copy.mbarrier_arrive(v_full.index(value), increment_count=False)
-                barrier()  # all lanes have read where rows begin
-            if part == 0:
-                # The answer takes a microsecond, and the buffers are full.
+        keys = K + (head // group) * k_strides[2] * 8
+        values = V + (head // group) * v_strides[2] * 8
+        for i in range(blocks + 1):
+            locate_rows(k_places, rows, k_strides)
+            locate_rows(v_places, older, v_strides)
+            barrier()
+            key = (count + i) % STAGES
+            value = (count + i - 1) % VALUES
+            if i < blocks:
+                copy_rows(
+                    keys, k_places, matrix(k_buffers[0].index(key), BLOCK_N, HEAD_DIM), k_free.index(key),
+                    (((count + i) // STAGES) & 1) ^ 1, COLUMNS_K,
+                )  # fmt: skip
+                async_copy.mbarrier_arrive(k_full.index(key), increment_count=False)
+            older = rows
+            rows = find_rows(pages, entry, low + (blocks - 2 - i) * BLOCK_N, start, sk, BLOCK_N)
+            if i > 0:
+                copy_rows(
+                    values, v_places, matrix(v_buffers[0].index(value), BLOCK_N, HEAD_DIM_V), v_free.index(value),
+                    (((count + i - 1) // VALUES) & 1) ^ 1, COLUMNS_V,
+                )  # fmt: skip
+                async_copy.mbarrier_arrive(v_full.index(value), increment_count=False)
+            barrier()  # all lanes have read where rows begin
+            # The answer takes a microsecond, and the buffers are full.
+            if i == gl.minimum(blocks, STAGES):
                 following = take(counter, programs)
-            begin = end
-            end = blocks + 1
         count += blocks
         turn += 1
         number = following

@@ -3,10 +3,9 @@
 import triton.language as tl
 
 from headfold.kernels.hopper.compat import async_copy, barrier, gl, gluon
-from headfold.kernels.hopper.copies import WARPS, copy_rows, find_rows, locate_rows
+from headfold.kernels.hopper.copies import copy_rows, find_rows, locate_rows
 from headfold.kernels.hopper.decode_schedule import share
 from headfold.kernels.hopper.products import matrix
-from headfold.kernels.hopper.schedule import one_each
 
 
 @gluon.jit
@@ -33,7 +32,6 @@ def copy(
     TILE_DV: gl.constexpr = v_buffers.type.shape[4]
     keys = K + kv_head * k_strides[2] * 8
     values = V + kv_head * v_strides[2] * 8
-    lanes = gl.arange(0, BLOCK_N, one_each(WARPS))
     x, x_end, item, start, gap = begins
     count = 0  # blocks copied so far: their stage and the phase of its barriers
     while x < x_end:
@@ -42,14 +40,14 @@ def copy(
         )
         if begin < end:
             key_low, key_high = span[6], span[7]
-            rows = find_rows(pages, seq, low + begin * BLOCK_N + lanes, key_low, key_high)
+            rows = find_rows(pages, seq, low + begin * BLOCK_N, key_low, key_high, BLOCK_N)
             for i in range(begin, end):
-                k_places.store(locate_rows(rows, 0, k_strides, k_places.dtype))
-                v_places.store(locate_rows(rows, 0, v_strides, v_places.dtype))
+                locate_rows(k_places, rows, k_strides)
+                locate_rows(v_places, rows, v_strides)
                 barrier()
                 stage = count % STAGES
                 phase = ((count // STAGES) & 1) ^ 1
-                rows = find_rows(pages, seq, low + (i + 1) * BLOCK_N + lanes, key_low, key_high)
+                rows = find_rows(pages, seq, low + (i + 1) * BLOCK_N, key_low, key_high, BLOCK_N)
                 copy_rows(
                     keys, k_places, matrix(k_buffers.index(stage), BLOCK_N, TILE_D), k_free.index(stage), phase, COLUMNS_K
                 )  # fmt: skip

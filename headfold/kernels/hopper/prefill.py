@@ -235,7 +235,7 @@ def prefill_kernel(
                 (produce_rows, (fetch, sources, 2, STAGES, VARLEN, LEFT, COLUMNS_K, COLUMNS)),
             ],
             [4, 4],
-            [232, 48],
+            [232, 40],
         )  # fmt: skip
     elif apart(BLOCK_N, PAGE_ROWS):
         v_source = (v_desc, v_buffers, v_full, v_free, v_groups)
