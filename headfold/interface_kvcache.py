@@ -344,8 +344,9 @@ def get_scheduler_metadata(
         attention_chunk=attention_chunk,
     )
     plan = make_plan(problem, device_of(cache_seqlens.device))
-    # A list that is cut on the device has no number of splits to fix ahead; 0 leaves a call to the same plan.
-    fixed = plan.kernel == "decode" and not plan.ranges
+    # A list that is cut on the device has no number of splits to fix ahead, and the Gluon kernel takes none that is asked for;
+    # 0 leaves a call to the same plan.
+    fixed = plan.kernel == "decode" and plan.backend != "hopper" and not plan.ranges
     return SchedulerMetadata(problem, plan.num_splits if fixed else 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import headfold
 from headfold import backends
-from headfold.planner import make_plan
+from headfold.planner import DEVICES, make_plan
 from headfold.problem import Inputs
 from tests.cases import assert_accurate
 from tests.conftest import Target
@@ -91,7 +92,16 @@ def test_scheduler_metadata_reads_nothing_from_the_device(kernels: Target) -> No
         1, 1, 8192, 8, 2, 64, meta, cu_seqlens_q=meta, cu_seqlens_k_new=meta, cache_leftpad=meta
     )
     real = headfold.get_scheduler_metadata(1, 1, 8192, 8, 2, 64, ints(9), cu_seqlens_q=ints(0, 1))
-    assert on_meta.num_splits == real.num_splits > 1
+    assert replace(on_meta.problem, device_type=real.problem.device_type) == real.problem
+    assert real.num_splits > 1
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_scheduler_metadata_leaves_the_gluon_kernel_its_calls(batch: int) -> None:
+    """It takes none whose splits are asked for."""
+    with backends.force(DEVICES["h200"]):
+        lengths = torch.empty(batch, dtype=torch.int32, device="meta")
+        assert headfold.get_scheduler_metadata(batch, 1, 8192, 32, 8, 128, lengths).num_splits == 0
 
 
 def test_scheduler_metadata_follows_its_bounds(kernels: Target) -> None:
