@@ -14,10 +14,34 @@ from headfold.problem import Inputs
 Direct = Callable[[Sequence[torch.Tensor], Sequence[int]], Any]
 
 
-def _launch_of(launch: Runner, x: Inputs, sources: Mapping[str, int], count: int) -> Any:
-    """A Runner of inputs that look like x, from the addresses of a call's tensors; None where it cannot do with them."""
+def _direct(
+    launch: Runner,
+    x: Inputs,
+    sources: Mapping[str, int],
+    count: int,
+    out_of: Callable[[torch.Tensor], torch.Tensor],
+    at: int,
+    lse_shape: Sequence[int] | None,
+) -> Direct | None:
+    """What a call comes to whose output `out_of` gives for its tensor number `at`, with an LSE where that has a shape.
+
+    The others are as `IntoNew.direct` takes them.
+    """
     make = getattr(launch, "from_addresses", None)
-    return None if make is None else make(x, sources, count)
+    direct = None if make is None else make(x, sources, count)
+    if direct is None:
+        return None
+
+    def run(tensors: Sequence[torch.Tensor], addresses: Sequence[int]) -> Any:
+        out = out_of(tensors[at])
+        if lse_shape is None:
+            direct(tensors, addresses, out.data_ptr(), None)
+            return out
+        lse = out.new_empty(lse_shape, dtype=torch.float32)
+        direct(tensors, addresses, out.data_ptr(), lse.data_ptr())
+        return out, lse
+
+    return run
 
 
 class IntoNew:
@@ -30,9 +54,8 @@ class IntoNew:
 
     def __call__(self, x: Inputs, want_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute inputs."""
-        q = x.q
-        out = torch.empty_like(q) if self._like_q else q.new_empty(self._out_shape)
-        lse = q.new_empty(self._lse_shape, dtype=torch.float32) if want_lse else None
+        out = self._new_out(x.q)
+        lse = out.new_empty(self._lse_shape, dtype=torch.float32) if want_lse else None
         self._launch(x, out, lse)
         return out, lse
 
@@ -48,22 +71,11 @@ class IntoNew:
             want_lse: whether it returns the LSE too.
             into: which of its tensors is the output that the caller gave.
         """
-        launch = _launch_of(self._launch, x, sources, count)
-        if launch is None:
-            return None
-        at, like_q, out_shape, lse_shape = sources["q"], self._like_q, self._out_shape, self._lse_shape
+        lse_shape = self._lse_shape if want_lse else None
+        return _direct(self._launch, x, sources, count, self._new_out, sources["q"], lse_shape)
 
-        def run(tensors: Sequence[torch.Tensor], addresses: Sequence[int]) -> Any:
-            q = tensors[at]
-            out = torch.empty_like(q) if like_q else q.new_empty(out_shape)
-            if not want_lse:
-                launch(tensors, addresses, out.data_ptr(), None)
-                return out
-            lse = q.new_empty(lse_shape, dtype=torch.float32)
-            launch(tensors, addresses, out.data_ptr(), lse.data_ptr())
-            return out, lse
-
-        return run
+    def _new_out(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(q) if self._like_q else q.new_empty(self._out_shape)
 
 
 class IntoGiven:
@@ -85,16 +97,5 @@ class IntoGiven:
         self, x: Inputs, sources: Mapping[str, int], count: int, want_lse: bool, into: int
     ) -> Direct | None:
         """Like that of `IntoNew`."""
-        launch = _launch_of(self._launch, x, sources, count)
-        if launch is None:
-            return None
-
-        def run(tensors: Sequence[torch.Tensor], addresses: Sequence[int]) -> Any:
-            if not want_lse:
-                launch(tensors, addresses, addresses[into], None)
-                return tensors[into]
-            lse = tensors[into].new_empty(self._lse_shape, dtype=torch.float32)
-            launch(tensors, addresses, addresses[into], lse.data_ptr())
-            return tensors[into], lse
-
-        return run
+        lse_shape = self._lse_shape if want_lse else None
+        return _direct(self._launch, x, sources, count, lambda out: out, into, lse_shape)

@@ -28,7 +28,7 @@ os.environ.setdefault("HEADFOLD_TUNED", "0")
 _compiled = TemporaryDirectory(prefix="headfold-inductor-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
-from headfold import backends  # noqa: E402
+from headfold import backends, prepared  # noqa: E402
 from headfold.planner import DEVICES, Device, make_plan, mixed  # noqa: E402
 from tests import interpreter  # noqa: E402
 
@@ -101,6 +101,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """A test that starts with no call kept, and leaves none."""
+    prepared._kept.clear()
+    yield
+    prepared._kept.clear()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,13 +19,7 @@ from headfold import kept_calls, prepared
 Kept = Callable[..., Any]
 LENGTHS = torch.tensor([5, 20], dtype=torch.int32)
 
-
-@pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    """Every test starts with nothing kept."""
-    prepared._kept.clear()
-    yield
-    prepared._kept.clear()
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 
 
 def tapes() -> int:

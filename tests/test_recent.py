@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,17 +14,9 @@ import torch
 import headfold
 from headfold import backends, kept_calls, prepared, recent
 from headfold.planner import DEVICES
-from tests.test_kept_calls import dense, equal, paged, plain
+from tests.test_kept_calls import LENGTHS, dense, equal, paged, plain
 
-LENGTHS = torch.tensor([5, 20], dtype=torch.int32)
-
-
-@pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    """Every test starts with nothing kept."""
-    prepared._kept.clear()
-    yield
-    prepared._kept.clear()
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 
 
 @pytest.fixture

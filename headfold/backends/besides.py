@@ -1,4 +1,4 @@
-"""Launch arguments of what a call may have besides plain attention: features, and new tokens to append."""
+"""Launch arguments of a call's tensors, and of what it may have besides plain attention: features, and new tokens to append."""
 
 from __future__ import annotations
 
@@ -16,6 +16,22 @@ KINDS = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 OPEN_SIDE = 2**30
 NO_FEATURES = (0,) * 26
 NO_NEW_TOKENS = (0,) * 10
+
+
+def tensor_arguments(x: Inputs, out: torch.Tensor, lse: int, lengths: torch.Tensor | None) -> tuple[int, ...]:
+    """`Q` to `page_table` of the kernels, with the LSE at address `lse` and `lengths` as seqused_k."""
+    return (
+        x.q.data_ptr(),
+        x.k.data_ptr(),
+        x.v.data_ptr(),
+        out.data_ptr(),
+        lse,
+        address(x.cu_seqlens_q),
+        address(x.cu_seqlens_k),
+        address(x.seqused_q),
+        address(lengths),
+        address(x.page_table),
+    )
 
 
 def no_features(x: Inputs) -> tuple[int, ...]:

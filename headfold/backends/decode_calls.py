@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from headfold.backends.besides import address
+from headfold.backends.besides import address, tensor_arguments
 from headfold.backends.descriptors import Boxes, metas_of
 from headfold.backends.launch import Launcher, current_device, current_stream, undisturbed
 from headfold.backends.raw_launch import Launches, Slot, kernel_of
@@ -64,17 +64,9 @@ class Decode:
         floats = self.floats if lse is not None else self.floats + self.unwanted
         memory = workspace(x.q, floats) if floats else None
         at = 0 if memory is None else memory.data_ptr()
-        tensors = (
-            x.q.data_ptr(),
-            x.k.data_ptr(),
-            x.v.data_ptr(),
-            out.data_ptr(),
-            at + 4 * self.floats if lse is None else lse.data_ptr(),
-            address(x.cu_seqlens_q),
-            address(x.cu_seqlens_k),
-            address(x.seqused_q),
-            address(x.seqused_k if x.early_lengths is None else x.early_lengths),
-            address(x.page_table),
+        lse_at = at + 4 * self.floats if lse is None else lse.data_ptr()
+        tensors = tensor_arguments(
+            x, out, lse_at, x.seqused_k if x.early_lengths is None else x.early_lengths
         )
         states = (at, at + 4 * self.state_floats)
         self.launch(self.arguments(self.boxes.of(x.k, x.v), tensors, states, self.besides(x)))

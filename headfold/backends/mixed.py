@@ -59,16 +59,15 @@ def prepare_beside(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) 
     assert plan.short is not None
     most = plan.short_queries
     part = Parting(x, most)
-    start, finish = triton.prepare_decode(plan.short, short_part(x, most, part.like), out, lse)
+    decode = triton.decode_of(plan.short, short_part(x, most, part.like), out, lse)
 
     def run(x: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         lse = x.empty_lse() if lse is None else lse
         short, long = part(x)
         others = replace(x, seqused_q=long)
         tiles = hopper.list_tiles(plan, others)
-        started = start(short_part(x, most, short), out, lse)
+        started = decode.start(short_part(x, most, short), out, lse)
         hopper.launch(plan, others, out, lse, tiles, beside=True)
-        if finish is not None:
-            finish(started)
+        decode.finish(started)
 
     return run

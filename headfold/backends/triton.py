@@ -12,7 +12,7 @@ import triton.language as tl
 
 from headfold.appending import AppendingInputs
 from headfold.backends import Runner, besides, hopper_decode
-from headfold.backends.besides import OPEN_SIDE, address, division
+from headfold.backends.besides import OPEN_SIDE, address, division, tensor_arguments
 from headfold.backends.decode_calls import Decode
 from headfold.backends.descriptors import Boxes
 from headfold.backends.launch import Launcher
@@ -140,7 +140,8 @@ def _prefill(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Run
             triton.set_allocator(_allocate_descriptors)
         lists = live_blocks(x)
         steps = (0, 0, 0) if lists is None else _steps(lists)
-        launch((*_tensors(x, out, lse.data_ptr()), *numbers, *feature_arguments(x), address(lists), *steps))
+        tensors = tensor_arguments(x, out, lse.data_ptr(), x.seqused_k)
+        launch((*tensors, *numbers, *feature_arguments(x), address(lists), *steps))
 
     return run
 
@@ -180,17 +181,6 @@ def _live_blocks(plan: Plan, x: Inputs, mask: torch.Tensor) -> Callable[[Inputs]
 def _steps(t: torch.Tensor) -> tuple[int, ...]:
     """The first three strides of a tensor, 0 where there is nothing to step to."""
     return tuple(s if n > 1 else 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True))
-
-
-def prepare_decode(
-    plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor
-) -> tuple[Callable[[Inputs, torch.Tensor, torch.Tensor | None], Any], Callable[[Any], None] | None]:
-    """(what runs a decode, and what merges its states, None where there are none), for calls that look like (x, out, lse).
-
-    The second takes what the first returns.
-    """
-    decode = decode_of(plan, x, out, lse)
-    return decode.start, None if decode.merge is None else decode.finish
 
 
 def decode_of(plan: Plan, x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Decode:
@@ -314,22 +304,6 @@ def _rows(x: Inputs) -> int:
     """Query positions of the longest sequence, at its bound."""
     capacity = q_capacity(x)
     return capacity if x.max_seqlen_q is None else min(x.max_seqlen_q, capacity)
-
-
-def _tensors(x: Inputs, out: torch.Tensor, lse: int) -> tuple[int, ...]:
-    """`Q` to `page_table` of the prefill kernel, with the LSE at address `lse`."""
-    return (
-        x.q.data_ptr(),
-        x.k.data_ptr(),
-        x.v.data_ptr(),
-        out.data_ptr(),
-        lse,
-        address(x.cu_seqlens_q),
-        address(x.cu_seqlens_k),
-        address(x.seqused_q),
-        address(x.seqused_k),
-        address(x.page_table),
-    )
 
 
 def _capacities(x: Inputs) -> tuple[int, int]:

@@ -20,14 +20,15 @@ def cut_pair(programs, own, prefix):
     work = prefix[0].to(tl.float32) * prefix[2]
     both = tl.maximum(own_work * own[1] + work * prefix[1], 1.0)
     most, own_most = (programs - own[1]) // prefix[1], (programs - prefix[1]) // own[1]
-    ranges = tl.minimum(tl.maximum((programs * work / both).to(tl.int32), 1), most)
+    asked = (programs * work / both).to(tl.int32)
+    ranges = tl.minimum(tl.maximum(asked, 1), most)
     own_ranges = tl.minimum(tl.maximum((programs * own_work / both).to(tl.int32), 1), own_most)
     ranges, end = sooner(ranges, ranges, float("inf"), programs, own_work, own[1], work, prefix[1])
     for more in tl.static_range(2):
         few = (programs - tl.minimum(own_ranges + more, own_most) * own[1]) // prefix[1]
         ranges, end = sooner(few, ranges, end, programs, own_work, own[1], work, prefix[1])
-    more = tl.minimum((programs * work / both).to(tl.int32) + 1, most)
-    ranges, end = sooner(tl.maximum(more, 1), ranges, end, programs, own_work, own[1], work, prefix[1])
+    more = tl.maximum(tl.minimum(asked + 1, most), 1)
+    ranges, end = sooner(more, ranges, end, programs, own_work, own[1], work, prefix[1])
     return ranges, (programs - ranges * prefix[1]) // own[1]
 
 
