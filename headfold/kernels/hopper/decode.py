@@ -178,7 +178,13 @@ def hopper_decode_kernel(
     )  # fmt: skip
     ragged = cu_seqlens_k
     pages = (pointer(page_table, gl.int32, 1), table_stride, page_size, boxes)
-    sources = ragged  # not used by boxes
+    sources = ragged  # not used by boxes of pages
+    if PAGE_ROWS == 0:
+        sources = (
+            ahead,
+            (pointer(K, ELEMENT, ALIGN), k_stride_b, k_stride_s, k_stride_h),
+            (pointer(V, ELEMENT, ALIGN), v_stride_b, v_stride_s, v_stride_h),
+        )
     if PAGE_ROWS == 1:
         sources = (
             pointer(K, ELEMENT, ALIGN), (k_stride_b // 8, k_stride_s // 8, k_stride_h // 8),
@@ -188,6 +194,6 @@ def hopper_decode_kernel(
         k_desc, v_desc, buffers[1], buffers[2], bars, pages, (k_groups, v_groups), ragged, kv_head, sources
     )  # fmt: skip
     run_warps(
-        common, fetches, begins, work, HEAD_DIM, HEAD_DIM_V, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS,
+        common, fetches, begins, work, HEAD_DIM, HEAD_DIM_V, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS, ALIGN,
         FETCH_REGISTERS, EARLY, False,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 import triton.language as tl
 
 from headfold.kernels.hopper.compat import gl, gluon, mbarrier, tma_load
+from headfold.kernels.hopper.decode_ahead import ask_for_rows
 from headfold.kernels.hopper.decode_schedule import share
 from headfold.kernels.hopper.pages import fetch_block, look_up_block
 
@@ -23,22 +24,35 @@ def produce(
     common,
     begins,
     work,
+    HEAD_DIM: gl.constexpr,
+    HEAD_DIM_V: gl.constexpr,
     TILE_D: gl.constexpr,
     TILE_DV: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     PAGE_ROWS: gl.constexpr,
+    ALIGN: gl.constexpr,
     EARLY: gl.constexpr,
     PAIRED: gl.constexpr,
 ):
     """Walk the program's shares, each from its first block to its last."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     k_desc, v_desc, k_buffers, v_buffers, bars, pages, per_page, ragged, kv_head, sources = common
     k_full, k_free, v_full, v_free = bars
     k_source = (k_desc, (k_buffers,), k_full, k_free, per_page[0])
     v_source = (v_desc, (v_buffers,), v_full, v_free, per_page[1])
     x, x_end, item, start, gap = begins
+    if EARLY:
+        if PAGE_ROWS == 0 and not PAIRED:
+            ahead, keys, values = sources
+            if ahead != 0:
+                seq, _, span, low, begin, end, _, _, _ = share(
+                    x, x_end, item, start, gap, work, BLOCK_M, BLOCK_N, PAIRED
+                )
+                if begin < end:
+                    first = low + begin * BLOCK_N
+                    ask_for_rows(keys, seq, kv_head, first, span[7], BLOCK_N, HEAD_DIM, ALIGN)
+                    ask_for_rows(values, seq, kv_head, first, span[7], BLOCK_N, HEAD_DIM_V, ALIGN)
+        tl.extra.cuda.gdc_wait()
     count = 0  # blocks fetched so far: their stage and the phase of its barriers
     while x < x_end:
         seq, _, span, low, begin, end, next_start, _, _ = share(

@@ -25,20 +25,19 @@ def plus(a, b):
 
 
 @gluon.jit
-def list_costs(
+def list_blocks(
     first,
     first_row,
     batch,
     lengths,
     fold,
     band,
-    gap,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     MANY: gl.constexpr,
     PADDED: gl.constexpr,
 ):
-    """(costs, blocks, numbers) of MANY sequences from `first` on; costs and blocks are 0 where the tile is not there.
+    """(blocks, numbers) of MANY sequences from `first` on; blocks are 0 where the tile is not there.
 
     PADDED, below too: lengths[4] says how many keys of each sequence come before its first one.
     """
@@ -48,11 +47,27 @@ def list_costs(
     )
     blocks = count_blocks(low, high, 0, 0, BLOCK_N)
     live = (i < batch) & (first_row < sq * fold[0])
-    return gl.where(live, blocks + gap, 0), gl.where(live, blocks, 0), i
+    return gl.where(live, blocks, 0), i
+
+
+@gluon.jit
+def least_of(blocks, i, batch):
+    """The fewest blocks of a sequence."""
+    return gl.min(gl.where(i < batch, blocks, 2147483647), 0)
+
+
+@gluon.jit
+def count_before(x, blocks, i, batch, gap, base):
+    """Of sequences that begin at position `base`: (how many lie before position x, where the next one starts, the end)."""
+    ends = base + gl.associative_scan(blocks + gl.where(blocks > 0, gap, 0), 0, plus)
+    before = (ends <= x) & (i < batch)
+    return gl.sum(before.to(gl.int32), 0), gl.max(gl.where(before, ends, 0), 0), gl.max(ends, 0)
 
 
 @gluon.jit
 def list_length(
+    blocks,
+    i,
     first_row,
     batch,
     lengths,
@@ -65,18 +80,19 @@ def list_length(
     BLOCK_N: gl.constexpr,
     PADDED: gl.constexpr,
 ):
-    """(length of the list, gap behind each sequence, ranges that it is cut into)."""
-    total = 0
-    count = 0
-    least = 2147483647
-    most = 0
-    for first in range(0, batch, CHUNK):
-        _, blocks, i = list_costs(
-            first, first_row, batch, lengths, fold, band, 0, BLOCK_M, BLOCK_N, CHUNK, PADDED
-        )
+    """(length of the list, gap behind each sequence, ranges that it is cut into).
+
+    `blocks` and `i`, below too, are what `list_blocks` says of the first CHUNK sequences.
+    """
+    total = gl.sum(blocks, 0)
+    count = gl.sum((blocks > 0).to(gl.int32), 0)
+    least = least_of(blocks, i, batch)
+    most = gl.max(blocks, 0)
+    for first in range(CHUNK, batch, CHUNK):
+        blocks, i = list_blocks(first, first_row, batch, lengths, fold, band, BLOCK_M, BLOCK_N, CHUNK, PADDED)
         total += gl.sum(blocks, 0)
         count += gl.sum((blocks > 0).to(gl.int32), 0)
-        least = gl.minimum(least, gl.min(gl.where(i < batch, blocks, 2147483647), 0))
+        least = gl.minimum(least, least_of(blocks, i, batch))
         most = gl.maximum(most, gl.max(blocks, 0))
     gap = gl.where(least == most, 0, gap)
     return total + count * gap, gap, gl.where(least == most, even_ranges, ranges)
@@ -85,6 +101,8 @@ def list_length(
 @gluon.jit
 def find_position(
     x,
+    blocks,
+    i,
     first_row,
     batch,
     lengths,
@@ -96,18 +114,12 @@ def find_position(
     PADDED: gl.constexpr,
 ):
     """(sequence that holds position x of the list, position where it starts)."""
-    seq = 0
-    start = 0
-    base = 0
-    for first in range(0, batch, CHUNK):
-        costs, _, i = list_costs(
-            first, first_row, batch, lengths, fold, band, gap, BLOCK_M, BLOCK_N, CHUNK, PADDED
-        )
-        ends = base + gl.associative_scan(costs, 0, plus)
-        before = (ends <= x) & (i < batch)
-        seq += gl.sum(before.to(gl.int32), 0)
-        start = gl.maximum(start, gl.max(gl.where(before, ends, 0), 0))
-        base = gl.max(ends, 0)
+    seq, start, base = count_before(x, blocks, i, batch, gap, 0)
+    for first in range(CHUNK, batch, CHUNK):
+        blocks, i = list_blocks(first, first_row, batch, lengths, fold, band, BLOCK_M, BLOCK_N, CHUNK, PADDED)
+        more, later, base = count_before(x, blocks, i, batch, gap, base)
+        seq += more
+        start = gl.maximum(start, later)
     return seq, start
 
 
@@ -127,22 +139,21 @@ def find_range(
 ):
     """(first position of range r, its end, sequence that holds the first, where that starts, gap)."""
     if batch <= FEW:
-        _, blocks, i = list_costs(0, first_row, batch, lengths, fold, band, 0, BLOCK_M, BLOCK_N, FEW, False)
-        even = gl.min(gl.where(i < batch, blocks, 2147483647), 0) == gl.max(blocks, 0)
+        few, j = list_blocks(0, first_row, batch, lengths, fold, band, BLOCK_M, BLOCK_N, FEW, False)
+        even = least_of(few, j, batch) == gl.max(few, 0)
         gap = gl.where(even, 0, gap)
         used = gl.where(even, even_ranges, ranges)
-        costs = blocks + gl.where(blocks > 0, gap, 0)
-        x, x_end = ends_of(r, gl.sum(costs, 0), used)
-        ends = gl.associative_scan(costs, 0, plus)
-        before = (ends <= x) & (i < batch)
-        item = gl.sum(before.to(gl.int32), 0)
-        start = gl.max(gl.where(before, ends, 0), 0)
+        x, x_end = ends_of(r, gl.sum(few + gl.where(few > 0, gap, 0), 0), used)
+        item, start, _ = count_before(x, few, j, batch, gap, 0)
     else:
+        blocks, i = list_blocks(0, first_row, batch, lengths, fold, band, BLOCK_M, BLOCK_N, CHUNK, False)
         total, gap, used = list_length(
-            first_row, batch, lengths, fold, band, gap, ranges, even_ranges, BLOCK_M, BLOCK_N, False
-        )
+            blocks, i, first_row, batch, lengths, fold, band, gap, ranges, even_ranges, BLOCK_M, BLOCK_N, False
+        )  # fmt: skip
         x, x_end = ends_of(r, total, used)
-        item, start = find_position(x, first_row, batch, lengths, fold, band, gap, BLOCK_M, BLOCK_N, False)
+        item, start = find_position(
+            x, blocks, i, first_row, batch, lengths, fold, band, gap, BLOCK_M, BLOCK_N, False
+        )
     return x, x_end, item, start, gap
 
 

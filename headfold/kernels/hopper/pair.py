@@ -8,7 +8,7 @@ bound the first, memory the second, and side by side neither waits. All results 
 import triton.language as tl
 
 from headfold.kernels.hopper.compat import gl, gluon
-from headfold.kernels.hopper.decode_schedule import find_position, list_length
+from headfold.kernels.hopper.decode_schedule import CHUNK, find_position, list_blocks, list_length
 from headfold.kernels.hopper.decode_warps import decode_buffers, run_warps
 from headfold.kernels.parts.address import aligned, pointer
 from headfold.kernels.parts.division import divide
@@ -126,11 +126,28 @@ def hopper_pair_kernel(
     )  # fmt: skip
     band = (1, OPEN, own_window_right, OPEN)
     prefix_band = (1, OPEN, prefix_window_right, OPEN)
+    # Both lists' lengths are asked for before either is waited for.
+    own_blocks, i = list_blocks(0, top_row, own_batch, lengths, folds, band, BLOCK_M, BLOCK_N, CHUNK, True)
+    blocks, _ = list_blocks(
+        0, top_row, prefix_batch, prefix_lengths, folds, prefix_band, BLOCK_M, BLOCK_N, CHUNK, True
+    )
     own_total, own_gap, _ = list_length(
-        top_row, own_batch, lengths, folds, band, gap, 1, 1, BLOCK_M, BLOCK_N, True
+        own_blocks, i, top_row, own_batch, lengths, folds, band, gap, 1, 1, BLOCK_M, BLOCK_N, True
     )
     prefix_total, prefix_gap, _ = list_length(
-        top_row, prefix_batch, prefix_lengths, folds, prefix_band, gap, 1, 1, BLOCK_M, BLOCK_N, True
+        blocks,
+        i,
+        top_row,
+        prefix_batch,
+        prefix_lengths,
+        folds,
+        prefix_band,
+        gap,
+        1,
+        1,
+        BLOCK_M,
+        BLOCK_N,
+        True,
     )
     prefix_ranges, ranges = cut_pair(
         gl.num_programs(0),
@@ -139,6 +156,7 @@ def hopper_pair_kernel(
     )
     # Programs of a prefix come first, for theirs are not cut as evenly.
     number = gl.program_id(0) - prefix_ranges * prefix_lanes
+    blocks = gl.where(number < 0, blocks, own_blocks)
     cu_seqlens_q = own_cu_seqlens_q
     seqused_k = own_seqused_k
     padding = own_padding
@@ -190,11 +208,14 @@ def hopper_pair_kernel(
     band = (1, OPEN, window_right, OPEN)
     first_row = lane_tile * BLOCK_M
     if lane_tile > 0:
+        blocks, i = list_blocks(0, first_row, batch, lengths, folds, band, BLOCK_M, BLOCK_N, CHUNK, True)
         total, tile_gap, _ = list_length(
-            first_row, batch, lengths, folds, band, gap, 1, 1, BLOCK_M, BLOCK_N, True
+            blocks, i, first_row, batch, lengths, folds, band, gap, 1, 1, BLOCK_M, BLOCK_N, True
         )
     x, x_end = ends_of(r, total, ranges)
-    item, start = find_position(x, first_row, batch, lengths, folds, band, tile_gap, BLOCK_M, BLOCK_N, True)
+    item, start = find_position(
+        x, blocks, i, first_row, batch, lengths, folds, band, tile_gap, BLOCK_M, BLOCK_N, True
+    )
     begins = (x, x_end, item, start, tile_gap)
     by_fold = (fold_magic, fold_shift)
     kv_head = divide(unit * fold, (group_magic, group_shift))
@@ -215,6 +236,6 @@ def hopper_pair_kernel(
         k_desc, v_desc, buffers[1], buffers[2], bars, pages, (k_groups, v_groups), none, kv_head, none
     )  # fmt: skip
     run_warps(
-        common, fetches, begins, work, HEAD_DIM, HEAD_DIM_V, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS,
+        common, fetches, begins, work, HEAD_DIM, HEAD_DIM_V, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, STAGES, PAGE_ROWS, ALIGN,
         FETCH_REGISTERS, EARLY, True,
     )  # fmt: skip
