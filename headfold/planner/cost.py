@@ -1,8 +1,8 @@
 """The time that a decode plan will take, predicted from bytes, waves, tail, starts and fixup.
 
 A pure function of Problem, Plan and Device. Its constants are shares of what the device promises, fitted to the
-decode rows of one H200 (bf16, CUDA graphs over rotated buffers); of the 46 rows of
-benchmarks/results/h200-*.json 44 come out within 20 %. `headfold bench --predict` sets them beside what a run measures.
+decode rows of one H200 (bf16, CUDA graphs over rotated buffers); of the 43 rows of
+benchmarks/results/h200.json 41 come out within 20 %. `headfold bench --predict` sets them beside what a run measures.
 """
 
 from __future__ import annotations

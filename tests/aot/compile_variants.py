@@ -143,6 +143,7 @@ def figures(kernel: Any, arch: int, dumped: str, log: str) -> dict[str, Any]:
         "smem": kernel.metadata.shared,
         **counts,
         "ldg128": len(re.findall(r"\bLDG\.[.A-Z0-9]*128\b", dumped)),
+        "prefetches": len(re.findall(r"\bCCTL\.E\.PF2\b", dumped)),
         "ldgsts128": len(re.findall(r"\bLDGSTS[.A-Z0-9]*\.128\b", dumped)),
         "warnings": warnings,
     }

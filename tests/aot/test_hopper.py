@@ -111,6 +111,11 @@ def test_small_pages_come_in_pieces_of_16_bytes(report: Report) -> None:
     assert all(r["ldgsts"] == r["ldgsts128"] for r in report.values())
 
 
+def test_decodes_in_rows_can_ask_for_their_first_block_early(report: Report) -> None:
+    asking = {n for n, r in report.items() if r["prefetches"]}
+    assert asking == {n for n in report if n.startswith("decode") and n.endswith("rows")}
+
+
 def test_nothing_spills_in_the_loops_over_blocks(report: Report, version: str) -> None:
     """Some values of a thread are put aside for the whole tile loop; none is touched from block to block."""
     spills = {n: r["block_loop_spills"] for n, r in report.items()}
