@@ -23,8 +23,8 @@ class Block:
     bias: torch.Tensor | None
 
     def keys_seen(self) -> torch.Tensor | None:
-        """Bool (e,): the keys that some query of some head sees; None for all of them."""
-        return None if self.seen is None else self.seen.flatten(0, 3).any(0)
+        """Bool (n | 1, hk | 1, e): the keys of a head that some of its queries sees; None for all of them."""
+        return None if self.seen is None else self.seen.flatten(2, 3).any(2)
 
     def live(self, positions: int, group: int) -> torch.Tensor | None:
         """Bool (n | 1, hk | 1, p * G): the folded rows that see some key; None for all of them."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from headfold import reference
 from headfold.backends import cpu_blocks, cpu_scores
 from headfold.problem import Inputs, problem_of
-from tests.backends.featured import FEATURES, alone, featured
+from tests.backends.featured import FEATURES, alone, featured, poison_unseen
 from tests.backends.running import DTYPES, attend, check, either_form, kv_bytes_of, peak_bytes, plan_for
 from tests.cases import make
 
@@ -82,6 +82,27 @@ def test_any_combination_is_accurate(data: st.DataObject) -> None:
         return
     changes = draw(st.sampled_from([{}, *either_form()]))
     check(x, **changes)
+
+
+def test_a_key_that_another_sequence_sees_may_hold_nan() -> None:
+    """Sequences of equal lengths go a call together; two trees of three hide the newest key."""
+    x = make([1, 1, 1], [3, 3, 3], heads=2, d=8, slack=0)
+    assert x.seqused_k is None
+    x.tree_mask = torch.tensor([False, False, True]).reshape(3, 1, 1)
+    poison_unseen(x)
+    assert x.v[:2, 2].isnan().all()
+    check(x, num_splits=1, num_stages=3)
+
+
+def test_a_key_that_another_head_sees_may_hold_nan() -> None:
+    x = make([2], [5], heads=4, kv_heads=2, d=8)
+    x.mask = torch.ones(1, 4, 2, x.k.shape[1], dtype=torch.bool)
+    x.mask[:, :2, :, 3] = False
+    assert not attend(x)[0].isnan().any()
+    expected = attend(x)
+    x.k[:, 3, 0], x.v[:, 3, 0] = float("nan"), float("nan")
+    for got, was in zip(attend(x), expected, strict=True):
+        torch.testing.assert_close(got, was, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["softcap", "slopes", "added_mask", "tree"])
