@@ -2,7 +2,7 @@
 
 from headfold.kernels.hopper.compat import gl, gluon
 from headfold.kernels.parts.address import times
-from headfold.kernels.parts.prefetch import LINE
+from headfold.kernels.parts.prefetch import LINE, PREFETCH
 
 
 @gluon.jit
@@ -25,6 +25,6 @@ def ask_for_rows(
         row = gl.minimum(first + i + gl.arange(0, ROWS, gl.SliceLayout(1, layout)), last)
         at = times(row, stride_s, ALIGN)
         gl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [base + (at[:, None] + column[None, :])],
+            PREFETCH, "=r,l", [base + (at[:, None] + column[None, :])],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip

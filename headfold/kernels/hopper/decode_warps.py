@@ -71,7 +71,10 @@ def run_warps(
     EARLY: gl.constexpr,
     PAIRED: gl.constexpr,
 ):
-    """One or two consumers and a producer, each over the program's shares."""
+    """One or two consumers and a producer, each over the program's shares.
+
+    Their arguments stand there each time: constants that a variable holds are none any more.
+    """
     if PAGE_ROWS == 1:
         k_places = gl.allocate_shared_memory(gl.int32, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         v_places = gl.allocate_shared_memory(gl.int32, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -90,104 +93,34 @@ def run_warps(
     elif BLOCK_M <= GROUP_ROWS:
         gl.warp_specialize(
             [
-                (
-                    consume,
-                    (
-                        0,
-                        common,
-                        begins,
-                        work,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        TILE_D,
-                        TILE_DV,
-                        BLOCK_M,
-                        BLOCK_N,
-                        STAGES,
-                        EARLY,
-                        PAIRED,
-                    ),
-                ),
-                (
-                    produce,
-                    (
-                        fetches,
-                        begins,
-                        work,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        TILE_D,
-                        TILE_DV,
-                        BLOCK_M,
-                        BLOCK_N,
-                        PAGE_ROWS,
-                        ALIGN,
-                        EARLY,
-                        PAIRED,
-                    ),
-                ),
+                (consume, (
+                    0, common, begins, work, HEAD_DIM, HEAD_DIM_V, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, STAGES, EARLY,
+                    PAIRED,
+                )),
+                (produce, (
+                    fetches, begins, work, HEAD_DIM, HEAD_DIM_V, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, PAGE_ROWS, ALIGN, EARLY,
+                    PAIRED,
+                )),
             ],
             [1],
             [FETCH_REGISTERS],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (
-                    consume,
-                    (
-                        0,
-                        common,
-                        begins,
-                        work,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        TILE_D,
-                        TILE_DV,
-                        BLOCK_M,
-                        BLOCK_N,
-                        STAGES,
-                        EARLY,
-                        PAIRED,
-                    ),
-                ),
-                (
-                    consume,
-                    (
-                        1,
-                        common,
-                        begins,
-                        work,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        TILE_D,
-                        TILE_DV,
-                        BLOCK_M,
-                        BLOCK_N,
-                        STAGES,
-                        EARLY,
-                        PAIRED,
-                    ),
-                ),
-                (
-                    produce,
-                    (
-                        fetches,
-                        begins,
-                        work,
-                        HEAD_DIM,
-                        HEAD_DIM_V,
-                        TILE_D,
-                        TILE_DV,
-                        BLOCK_M,
-                        BLOCK_N,
-                        PAGE_ROWS,
-                        ALIGN,
-                        EARLY,
-                        PAIRED,
-                    ),
-                ),
+                (consume, (
+                    0, common, begins, work, HEAD_DIM, HEAD_DIM_V, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, STAGES, EARLY,
+                    PAIRED,
+                )),
+                (consume, (
+                    1, common, begins, work, HEAD_DIM, HEAD_DIM_V, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, STAGES, EARLY,
+                    PAIRED,
+                )),
+                (produce, (
+                    fetches, begins, work, HEAD_DIM, HEAD_DIM_V, TILE_D, TILE_DV, BLOCK_M, BLOCK_N, PAGE_ROWS, ALIGN, EARLY,
+                    PAIRED,
+                )),
             ],
             [4, 1],
             [232, FETCH_REGISTERS],
-        )
+        )  # fmt: skip

@@ -135,20 +135,8 @@ def hopper_pair_kernel(
         own_blocks, i, top_row, own_batch, lengths, folds, band, gap, 1, 1, BLOCK_M, BLOCK_N, True
     )
     prefix_total, prefix_gap, _ = list_length(
-        blocks,
-        i,
-        top_row,
-        prefix_batch,
-        prefix_lengths,
-        folds,
-        prefix_band,
-        gap,
-        1,
-        1,
-        BLOCK_M,
-        BLOCK_N,
-        True,
-    )
+        blocks, i, top_row, prefix_batch, prefix_lengths, folds, prefix_band, gap, 1, 1, BLOCK_M, BLOCK_N, True
+    )  # fmt: skip
     prefix_ranges, ranges = cut_pair(
         gl.num_programs(0),
         (own_total, own_lanes, own_weight),

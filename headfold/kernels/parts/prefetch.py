@@ -6,6 +6,7 @@ import triton.language as tl
 from headfold.kernels.parts.address import times
 
 LINE: tl.constexpr = tl.constexpr(128)  # bytes of a line of the L2 cache
+PREFETCH: tl.constexpr = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
 
 @triton.jit
@@ -29,6 +30,4 @@ def prefetch_rows(
     n = tl.arange(0, BLOCK_N * LINES)
     row = tl.minimum(first + n // LINES, last)
     at = X + times(row, stride, ALIGN) * SIZE + tl.minimum(n % LINES * LINE, BYTES - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-    )
+    tl.inline_asm_elementwise(PREFETCH, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
